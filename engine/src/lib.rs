@@ -1,1 +1,5 @@
-//! Placeholder.
+//! What to move and when: sessions, plan, journal and guests.
+
+pub mod blocks;
+pub mod guest;
+pub mod session;

@@ -1,1 +1,4 @@
-//! Placeholder.
+//! QUIC lanes, identities, wire format and block codec.
+
+pub mod lane;
+pub mod message;

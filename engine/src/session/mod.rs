@@ -1,0 +1,3 @@
+//! The two ends of a session as pure state machines.
+
+pub mod io;
