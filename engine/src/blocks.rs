@@ -68,12 +68,16 @@ impl Blocks {
 
     /// Non-empty regions with their sets, by region.
     pub fn iter(&self) -> impl Iterator<Item = (RegionId, &BlockSet)> {
-        self.0.iter().filter(|(_, set)| !set.is_empty()).map(|(id, set)| (*id, set))
+        self.0
+            .iter()
+            .filter(|(_, set)| !set.is_empty())
+            .map(|(id, set)| (*id, set))
     }
 
     /// Every block, by region and number.
     pub fn iter_blocks(&self) -> impl Iterator<Item = (RegionId, u32)> + '_ {
-        self.iter().flat_map(|(id, set)| set.iter().map(move |block| (id, block)))
+        self.iter()
+            .flat_map(|(id, set)| set.iter().map(move |block| (id, block)))
     }
 
     /// Takes up to `limit` lowest blocks of the first non-empty region out of the set.

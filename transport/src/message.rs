@@ -351,7 +351,8 @@ mod block_set {
 
     pub fn serialize<S: Serializer>(set: &BlockSet, out: S) -> Result<S::Ok, S::Error> {
         let mut bytes = Vec::with_capacity(set.serialized_size());
-        set.serialize_into(&mut bytes).map_err(serde::ser::Error::custom)?;
+        set.serialize_into(&mut bytes)
+            .map_err(serde::ser::Error::custom)?;
         out.serialize_bytes(&bytes)
     }
 

@@ -4,6 +4,9 @@
 //! The methods block (they are ioctls and short dialogues with a VMM); the drivers call them from
 //! threads of their own. They take `&self`: reading and placing blocks goes on beside the others.
 
+pub mod qemu;
+pub mod workload;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,7 +26,10 @@ pub struct GuestError {
 impl GuestError {
     /// An error without a cause of its own.
     pub fn new(what: impl Into<String>) -> Self {
-        Self { what: what.into(), source: None }
+        Self {
+            what: what.into(),
+            source: None,
+        }
     }
 
     /// An error caused by another.
@@ -31,7 +37,10 @@ impl GuestError {
         what: impl Into<String>,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        Self { what: what.into(), source: Some(source.into()) }
+        Self {
+            what: what.into(),
+            source: Some(source.into()),
+        }
     }
 
     /// The whole chain in one line, for a peer or a log.

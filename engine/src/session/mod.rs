@@ -1,3 +1,6 @@
 //! The two ends of a session as pure state machines.
 
+pub mod destination;
 pub mod io;
+pub mod ledger;
+pub mod source;

@@ -1,0 +1,1 @@
+//! Thin drivers: they carry between the session machines, the transport and the guest.

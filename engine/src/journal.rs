@@ -1,0 +1,1 @@
+//! Journals: what each side may do after a crash.
