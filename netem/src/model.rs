@@ -191,7 +191,7 @@ mod tests {
         for i in 0..10 {
             assert_eq!(link.push(MS * i, 1500, i), Ok(MS * (25 + i)));
         }
-        assert_eq!(link.pop_due(MS * 25 - Duration::from_nanos(1)), None);
+        assert_eq!(link.pop_due(Duration::from_nanos(24_999_999)), None);
         for i in 0..10 {
             assert_eq!(link.next_due(), Some(MS * (25 + i)));
             assert_eq!(link.pop_due(MS * 40), Some((MS * (25 + i), i)));

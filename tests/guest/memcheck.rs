@@ -1,0 +1,341 @@
+//! The program inside the test guest: pages whose every byte is known, dirtied and verified all the
+//! time, so that a lost, stale, torn or misplaced page is seen and every stall shows on the console.
+//!
+//! One file, `std` only, compiled by `scripts/guest-image.sh` with plain rustc and run as the guest's
+//! init. It must never allocate, print or wait between ticks more than a tick allows: a gap on
+//! the console has to mean that the guest did not run.
+//!
+//! Kernel command line, with defaults:
+//! - `memcheck.mb=64`: MiB of checked pages.
+//! - `memcheck.rate=8`: pages dirtied, in MB/s (10⁶ bytes).
+//! - `memcheck.hot=100`: per cent of the pages that get nine of ten writes; 100 is uniform.
+//! - `memcheck.sweep=32`: pages verified in turn, in MB/s.
+//! - `memcheck.random=50`: per cent of each page that does not compress.
+//! - `memcheck.seed=1`: which pages are written, and what with.
+//!
+//! Console, one line each:
+//! - `READY <pages>` when every page has been written once.
+//! - `TICK <monotonic ms> <page operations> <bad pages>` every 50 ms; all three only ever grow.
+//! - `BAD …` what is wrong with a page (the first 32; the page is then written anew).
+//! - `VERIFIED <pages> <bad pages>` answers the input line `verify` after a full sweep; bad pages are
+//!   counted since the boot.
+//! - `RATE <MB/s>` answers `rate <MB/s>`.
+//! - `ERROR <what>` answers anything else.
+
+use std::io::{BufRead, Write};
+use std::str::FromStr;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::time::{Duration, Instant};
+
+const PAGE: usize = 4096;
+const WORDS: usize = PAGE / 8;
+const TICK: Duration = Duration::from_millis(50);
+/// Page operations between two looks at the clock.
+const CHUNK: u64 = 8;
+/// `BAD` lines printed.
+const DETAILS: u64 = 32;
+
+/// Words of a page's head: its number, its generation, the checksum of the rest.
+const HEAD: usize = 3;
+
+type Page = [u64; WORDS];
+
+fn main() {
+    let options = Options::from_command_line();
+    let commands = commands();
+    let mut checker = Checker::new(&options);
+    say(&format!("READY {}", checker.pages.len()));
+    checker.run(&commands);
+}
+
+/// The kernel command line's `memcheck.*`.
+struct Options {
+    mib: usize,
+    rate: f64,
+    hot: u64,
+    sweep: f64,
+    random: usize,
+    seed: u64,
+}
+
+impl Options {
+    fn from_command_line() -> Self {
+        let line = std::fs::read_to_string("/proc/cmdline").expect("/proc is mounted");
+        Self {
+            mib: value(&line, "mb", 64),
+            rate: value(&line, "rate", 8.0),
+            hot: value(&line, "hot", 100),
+            sweep: value(&line, "sweep", 32.0),
+            random: value(&line, "random", 50),
+            seed: value(&line, "seed", 1),
+        }
+    }
+}
+
+fn value<T: FromStr>(line: &str, name: &str, default: T) -> T {
+    let prefix = format!("memcheck.{name}=");
+    let text = line.split_whitespace().find_map(|word| word.strip_prefix(&prefix));
+    match text {
+        None => default,
+        Some(text) => match text.parse() {
+            Ok(value) => value,
+            Err(_) => panic!("{prefix}{text} cannot be read"),
+        },
+    }
+}
+
+/// Input lines of the console, read by a thread of their own.
+fn commands() -> Receiver<String> {
+    let (sender, receiver) = sync_channel(16);
+    std::thread::spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            match line {
+                Ok(line) => {
+                    if sender.send(line).is_err() {
+                        return;
+                    }
+                }
+                Err(error) => return say(&format!("ERROR console input: {error}")),
+            }
+        }
+    });
+    receiver
+}
+
+/// One line on the console, in one write.
+fn say(line: &str) {
+    let mut out = std::io::stdout().lock();
+    // Without a console there is nobody to tell.
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+/// What a page of this number and generation holds.
+struct Contents {
+    page: u64,
+    generation: u64,
+    /// Words that do not compress.
+    random: usize,
+}
+
+impl Contents {
+    /// Calls `word(index, value)` for every word behind the head and returns the head.
+    fn generate(&self, mut word: impl FnMut(usize, u64)) -> [u64; HEAD] {
+        // Distinct for every page and generation: the multiplication by an odd number and the
+        // finisher below are both one-to-one.
+        let stamp = mix(self.page << 32 | self.generation);
+        let mut state = stamp;
+        let mut sum = stamp;
+        for index in HEAD..WORDS {
+            let value = if index < self.random {
+                state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(stamp | 1);
+                state ^ state >> 29
+            } else {
+                stamp
+            };
+            sum = sum.rotate_left(5) ^ value;
+            word(index, value);
+        }
+        [self.page, self.generation, sum]
+    }
+
+    fn write(&self, page: &mut Page) {
+        let head = self.generate(|index, value| page[index] = value);
+        page[..HEAD].copy_from_slice(&head);
+    }
+
+    /// Index of the first wrong word.
+    fn first_difference(&self, page: &Page) -> Option<usize> {
+        let mut wrong = WORDS;
+        let head = self.generate(|index, value| {
+            if page[index] != value && wrong == WORDS {
+                wrong = index;
+            }
+        });
+        let in_head = (0..HEAD).find(|index| page[*index] != head[*index]);
+        in_head.or((wrong < WORDS).then_some(wrong))
+    }
+}
+
+/// The finisher of splitmix64: one-to-one, every bit of the result depends on every bit of `x`.
+fn mix(mut x: u64) -> u64 {
+    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ x >> 31
+}
+
+struct Checker {
+    pages: Vec<Page>,
+    /// The generation that each page must have.
+    generations: Vec<u32>,
+    /// Words of a page that do not compress.
+    random: usize,
+    hot_pages: u64,
+    rate: f64,
+    sweep_rate: f64,
+    draws: u64,
+    seed: u64,
+    /// The next page to sweep.
+    cursor: usize,
+    operations: u64,
+    bad: u64,
+}
+
+impl Checker {
+    fn new(options: &Options) -> Self {
+        let count = options.mib * (1 << 20) / PAGE;
+        assert!(count > 0, "memcheck.mb must be at least 1");
+        let mut checker = Self {
+            pages: vec![[0; WORDS]; count],
+            generations: vec![1; count],
+            random: WORDS * options.random.min(100) / 100,
+            hot_pages: (count as u64 * options.hot.min(100) / 100).max(1),
+            rate: options.rate,
+            sweep_rate: options.sweep,
+            draws: 0,
+            seed: options.seed,
+            cursor: 0,
+            operations: 0,
+            bad: 0,
+        };
+        for page in 0..count {
+            checker.write(page);
+        }
+        checker
+    }
+
+    fn run(&mut self, commands: &Receiver<String>) {
+        let start = Instant::now();
+        let mut next_tick = start;
+        let mut writes = Budget::new(start);
+        let mut sweeps = Budget::new(start);
+        // Pages that a full sweep has still to see.
+        let mut full_sweep: Option<usize> = None;
+        loop {
+            let now = Instant::now();
+            if now >= next_tick {
+                next_tick = now + TICK;
+                self.tick(now - start);
+                if full_sweep.is_none() {
+                    full_sweep = commands.try_recv().ok().and_then(|line| self.obey(&line));
+                }
+            }
+            for _ in 0..writes.take(now, self.rate) {
+                self.dirty_one();
+            }
+            if let Some(left) = full_sweep {
+                let count = left.min(4 * CHUNK as usize);
+                (0..count).for_each(|_| self.sweep_one());
+                full_sweep = Some(left - count).filter(|left| *left > 0);
+                if full_sweep.is_none() {
+                    say(&format!("VERIFIED {} {}", self.pages.len(), self.bad));
+                }
+                continue;
+            }
+            let sweep = sweeps.take(now, self.sweep_rate);
+            (0..sweep).for_each(|_| self.sweep_one());
+            if !writes.is_behind() && !sweeps.is_behind() {
+                let rest = next_tick.saturating_duration_since(Instant::now());
+                std::thread::sleep(rest.min(Duration::from_millis(2)));
+            }
+        }
+    }
+
+    fn tick(&self, since_start: Duration) {
+        let millis = since_start.as_millis();
+        say(&format!("TICK {millis} {} {}", self.operations, self.bad));
+    }
+
+    /// Does what an input line says; pages to sweep, if it asks for that.
+    fn obey(&mut self, line: &str) -> Option<usize> {
+        let mut words = line.split_whitespace();
+        match (words.next(), words.next()) {
+            (None, _) => {}
+            (Some("verify"), None) => return Some(self.pages.len()),
+            (Some("rate"), Some(rate)) if rate.parse::<f64>().is_ok() => {
+                self.rate = rate.parse().expect("parsed just before");
+                say(&format!("RATE {}", self.rate));
+            }
+            _ => say(&format!("ERROR '{line}' is not a command")),
+        }
+        None
+    }
+
+    fn dirty_one(&mut self) {
+        self.draws += 1;
+        let draw = mix(self.seed ^ self.draws.wrapping_mul(0x2545_f491_4f6c_dd1d));
+        let count = self.pages.len() as u64;
+        let span = if draw % 10 == 0 { count } else { self.hot_pages };
+        // The hot pages are spread over all: consecutive numbers are far apart.
+        let page = ((draw >> 8) % span).wrapping_mul(0x9e37_79b1) % count;
+        let page = page as usize;
+        self.verify(page);
+        self.generations[page] = self.generations[page].wrapping_add(1);
+        self.write(page);
+        self.operations += 1;
+    }
+
+    fn sweep_one(&mut self) {
+        self.verify(self.cursor);
+        self.cursor = (self.cursor + 1) % self.pages.len();
+        self.operations += 1;
+    }
+
+    fn contents(&self, page: usize) -> Contents {
+        Contents {
+            page: page as u64,
+            generation: u64::from(self.generations[page]),
+            random: self.random,
+        }
+    }
+
+    fn write(&mut self, page: usize) {
+        self.contents(page).write(&mut self.pages[page]);
+    }
+
+    fn verify(&mut self, page: usize) {
+        let found = &self.pages[page];
+        let Some(word) = self.contents(page).first_difference(found) else {
+            return;
+        };
+        self.bad += 1;
+        if self.bad <= DETAILS {
+            let zero = if found.iter().all(|word| *word == 0) { ", all zero" } else { "" };
+            say(&format!(
+                "BAD page {page}: generation {} expected; it says page {} generation {}; \
+                 first wrong word {word}: {:#018x}{zero}",
+                self.generations[page], found[0], found[1], found[word],
+            ));
+        }
+        // Written anew, it is counted once.
+        self.write(page);
+    }
+}
+
+/// Page operations that a rate allows. A stall is not made up for by more than one tick's worth.
+struct Budget {
+    since: Instant,
+    /// Pages owed.
+    owed: f64,
+}
+
+impl Budget {
+    fn new(now: Instant) -> Self {
+        Self { since: now, owed: 0.0 }
+    }
+
+    /// Pages to do now, at most a chunk.
+    fn take(&mut self, now: Instant, megabytes: f64) -> u64 {
+        let pages_per_second = megabytes * 1e6 / PAGE as f64;
+        self.owed += (now - self.since).as_secs_f64() * pages_per_second;
+        self.owed = self.owed.min(pages_per_second * TICK.as_secs_f64());
+        self.since = now;
+        let pages = (self.owed as u64).min(CHUNK);
+        self.owed -= pages as f64;
+        pages
+    }
+
+    fn is_behind(&self) -> bool {
+        self.owed >= 1.0
+    }
+}
