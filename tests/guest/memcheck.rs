@@ -38,7 +38,10 @@ const DETAILS: u64 = 32;
 /// Words of a page's head: its number, its generation, the checksum of the rest.
 const HEAD: usize = 3;
 
-type Page = [u64; WORDS];
+/// As the guest's hardware sees it: a page of the checker is a page of guest memory.
+#[derive(Clone)]
+#[repr(align(4096))]
+struct Page([u64; WORDS]);
 
 fn main() {
     let options = Options::from_command_line();
@@ -74,14 +77,13 @@ impl Options {
 
 fn value<T: FromStr>(line: &str, name: &str, default: T) -> T {
     let prefix = format!("memcheck.{name}=");
-    let text = line.split_whitespace().find_map(|word| word.strip_prefix(&prefix));
-    match text {
-        None => default,
-        Some(text) => match text.parse() {
-            Ok(value) => value,
-            Err(_) => panic!("{prefix}{text} cannot be read"),
-        },
-    }
+    let text = line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix(&prefix));
+    text.map_or(default, |text| {
+        let value = text.parse().ok();
+        value.unwrap_or_else(|| panic!("{prefix}{text} cannot be read"))
+    })
 }
 
 /// Input lines of the console, read by a thread of their own.
@@ -127,7 +129,9 @@ impl Contents {
         let mut sum = stamp;
         for index in HEAD..WORDS {
             let value = if index < self.random {
-                state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(stamp | 1);
+                state = state
+                    .wrapping_mul(0x5851_f42d_4c95_7f2d)
+                    .wrapping_add(stamp | 1);
                 state ^ state >> 29
             } else {
                 stamp
@@ -139,19 +143,19 @@ impl Contents {
     }
 
     fn write(&self, page: &mut Page) {
-        let head = self.generate(|index, value| page[index] = value);
-        page[..HEAD].copy_from_slice(&head);
+        let head = self.generate(|index, value| page.0[index] = value);
+        page.0[..HEAD].copy_from_slice(&head);
     }
 
     /// Index of the first wrong word.
     fn first_difference(&self, page: &Page) -> Option<usize> {
         let mut wrong = WORDS;
         let head = self.generate(|index, value| {
-            if page[index] != value && wrong == WORDS {
+            if page.0[index] != value && wrong == WORDS {
                 wrong = index;
             }
         });
-        let in_head = (0..HEAD).find(|index| page[*index] != head[*index]);
+        let in_head = (0..HEAD).find(|index| page.0[*index] != head[*index]);
         in_head.or((wrong < WORDS).then_some(wrong))
     }
 }
@@ -186,7 +190,7 @@ impl Checker {
         let count = options.mib * (1 << 20) / PAGE;
         assert!(count > 0, "memcheck.mb must be at least 1");
         let mut checker = Self {
-            pages: vec![[0; WORDS]; count],
+            pages: vec![Page([0; WORDS]); count],
             generations: vec![1; count],
             random: WORDS * options.random.min(100) / 100,
             hot_pages: (count as u64 * options.hot.min(100) / 100).max(1),
@@ -265,7 +269,11 @@ impl Checker {
         self.draws += 1;
         let draw = mix(self.seed ^ self.draws.wrapping_mul(0x2545_f491_4f6c_dd1d));
         let count = self.pages.len() as u64;
-        let span = if draw % 10 == 0 { count } else { self.hot_pages };
+        let span = if draw.is_multiple_of(10) {
+            count
+        } else {
+            self.hot_pages
+        };
         // The hot pages are spread over all: consecutive numbers are far apart.
         let page = ((draw >> 8) % span).wrapping_mul(0x9e37_79b1) % count;
         let page = page as usize;
@@ -298,9 +306,14 @@ impl Checker {
         let Some(word) = self.contents(page).first_difference(found) else {
             return;
         };
+        let found = &found.0;
         self.bad += 1;
         if self.bad <= DETAILS {
-            let zero = if found.iter().all(|word| *word == 0) { ", all zero" } else { "" };
+            let zero = if found.iter().all(|word| *word == 0) {
+                ", all zero"
+            } else {
+                ""
+            };
             say(&format!(
                 "BAD page {page}: generation {} expected; it says page {} generation {}; \
                  first wrong word {word}: {:#018x}{zero}",
@@ -321,7 +334,10 @@ struct Budget {
 
 impl Budget {
     fn new(now: Instant) -> Self {
-        Self { since: now, owed: 0.0 }
+        Self {
+            since: now,
+            owed: 0.0,
+        }
     }
 
     /// Pages to do now, at most a chunk.
@@ -337,5 +353,57 @@ impl Budget {
 
     fn is_behind(&self) -> bool {
         self.owed >= 1.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contents(page: u64, generation: u64) -> (Contents, Page) {
+        let contents = Contents {
+            page,
+            generation,
+            random: WORDS / 2,
+        };
+        let mut written = Page([0; WORDS]);
+        contents.write(&mut written);
+        (contents, written)
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found_where_it_is() {
+        let (contents, mut page) = contents(7, 3);
+        assert_eq!(contents.first_difference(&page), None);
+        for bit in 0..PAGE * 8 {
+            page.0[bit / 64] ^= 1 << (bit % 64);
+            assert_eq!(contents.first_difference(&page), Some(bit / 64));
+            page.0[bit / 64] ^= 1 << (bit % 64);
+        }
+    }
+
+    #[test]
+    fn stale_and_misplaced_pages_differ_in_every_word_that_can_be_torn() {
+        let (_, page) = contents(7, 3);
+        for (number, generation) in [(7, 4), (8, 3), (3, 7)] {
+            let (_, other) = contents(number, generation);
+            let same = (2..WORDS)
+                .filter(|word| page.0[*word] == other.0[*word])
+                .count();
+            assert_eq!(same, 0);
+        }
+    }
+
+    #[test]
+    fn a_stall_is_not_made_up_for() {
+        let start = Instant::now();
+        let mut budget = Budget::new(start);
+        let after = start + Duration::from_secs(60);
+        let mut pages = 0;
+        while budget.is_behind() || pages == 0 {
+            pages += budget.take(after, 40.96);
+        }
+        // 10 000 pages a second, one tick's worth.
+        assert_eq!(pages, 500);
     }
 }

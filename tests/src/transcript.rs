@@ -1,0 +1,210 @@
+//! What something has said, line by line, each with the host's time: the common part of consoles
+//! and program output. It never interprets a line.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Read};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+/// Lines kept; older ones are forgotten.
+const MAX_LINES: usize = 200_000;
+
+/// One line, without its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// When it had been read.
+    pub at: Instant,
+    /// What it says; bytes that are not UTF-8 are replaced.
+    pub text: String,
+}
+
+/// A place in a transcript; see [`Transcript::end`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark(usize);
+
+/// The lines of one or more streams.
+#[derive(Clone, Debug)]
+pub struct Transcript {
+    name: String,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    said: Mutex<Said>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Said {
+    lines: VecDeque<Line>,
+    /// Lines forgotten.
+    forgotten: usize,
+    /// Streams that have not ended.
+    open: usize,
+}
+
+impl Transcript {
+    /// An empty one, called `name` in messages.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            shared: Arc::default(),
+        }
+    }
+
+    /// Writes down what `stream` says until it ends, on a thread of its own.
+    pub fn follow(&self, stream: impl Read + Send + 'static) {
+        self.said().open += 1;
+        let transcript = self.clone();
+        std::thread::spawn(move || {
+            let mut reader = BufReader::new(stream);
+            let mut bytes = Vec::new();
+            // A stream that fails has ended: the process behind it is gone.
+            while reader
+                .read_until(b'\n', &mut bytes)
+                .is_ok_and(|read| read > 0)
+            {
+                transcript.write_down(&bytes);
+                bytes.clear();
+            }
+            transcript.said().open -= 1;
+            transcript.shared.changed.notify_all();
+        });
+    }
+
+    fn write_down(&self, bytes: &[u8]) {
+        let text = String::from_utf8_lossy(bytes);
+        let line = Line {
+            at: Instant::now(),
+            text: text.trim_end_matches(['\r', '\n']).to_owned(),
+        };
+        let mut said = self.said();
+        if said.lines.len() == MAX_LINES {
+            said.lines.pop_front();
+            said.forgotten += 1;
+        }
+        said.lines.push_back(line);
+        drop(said);
+        self.shared.changed.notify_all();
+    }
+
+    /// The place behind the last line so far.
+    pub fn end(&self) -> Mark {
+        let said = self.said();
+        Mark(said.forgotten + said.lines.len())
+    }
+
+    /// All lines.
+    pub fn lines(&self) -> Vec<Line> {
+        self.said().lines.iter().cloned().collect()
+    }
+
+    /// All lines as one text.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        for line in &self.said().lines {
+            text.push_str(&line.text);
+            text.push('\n');
+        }
+        text
+    }
+
+    /// Waits for a line behind `from` for which `matches` holds. Fails early when a line behind
+    /// `from` contains one of `fatal`, or when every stream has ended.
+    pub fn wait(
+        &self,
+        from: Mark,
+        what: &str,
+        matches: impl Fn(&str) -> bool,
+        fatal: &[&str],
+        patience: Duration,
+    ) -> Result<Line> {
+        let deadline = Instant::now() + patience;
+        let mut next = from.0;
+        let mut said = self.said();
+        let why = loop {
+            let skip = next.saturating_sub(said.forgotten);
+            let mut died = None;
+            for line in said.lines.iter().skip(skip) {
+                if matches(&line.text) {
+                    return Ok(line.clone());
+                }
+                if fatal.iter().any(|word| line.text.contains(word)) {
+                    died = Some(line.text.clone());
+                }
+            }
+            if let Some(line) = died {
+                break format!("it says '{line}'");
+            }
+            next = said.forgotten + said.lines.len();
+            if said.open == 0 {
+                break "it has ended".to_owned();
+            }
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                break format!("not within {patience:?}");
+            };
+            let waited = self.shared.changed.wait_timeout(said, left);
+            said = waited.unwrap_or_else(PoisonError::into_inner).0;
+        };
+        drop(said);
+        bail!(
+            "{}: no {what}: {why}; it ends with:\n{}",
+            self.name,
+            self.tail(30)
+        );
+    }
+
+    /// The last `count` lines as one text.
+    pub fn tail(&self, count: usize) -> String {
+        let said = self.said();
+        let skip = said.lines.len().saturating_sub(count);
+        let lines = said.lines.iter().skip(skip).map(|line| line.text.as_str());
+        lines.collect::<Vec<_>>().join("\n")
+    }
+
+    fn said(&self) -> MutexGuard<'_, Said> {
+        let said = self.shared.said.lock();
+        said.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Cursor, Write, pipe};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn finds_lines_behind_a_mark() {
+        let transcript = Transcript::new("test");
+        let (reader, mut writer) = pipe().unwrap();
+        transcript.follow(reader);
+        writer.write_all(b"one\r\ntwo\n").unwrap();
+        let wait = |mark, word: &'static str| {
+            transcript.wait(mark, word, |line| line == word, &["dead"], PATIENCE)
+        };
+        wait(Mark::default(), "one").unwrap();
+        wait(Mark::default(), "two").unwrap();
+        let mark = transcript.end();
+        writer.write_all(b"one\n").unwrap();
+        assert!(wait(mark, "one").unwrap().at >= wait(Mark::default(), "one").unwrap().at);
+        writer.write_all(b"it is dead\n").unwrap();
+        let error = wait(mark, "never").unwrap_err().to_string();
+        assert!(error.contains("it says 'it is dead'"), "{error}");
+    }
+
+    #[test]
+    fn notices_the_end() {
+        let transcript = Transcript::new("test");
+        transcript.follow(Cursor::new(b"last words".to_vec()));
+        let never = transcript.wait(Mark::default(), "answer", |_| false, &[], PATIENCE);
+        let error = never.unwrap_err().to_string();
+        assert!(error.contains("it has ended"), "{error}");
+        assert!(error.contains("last words"), "{error}");
+    }
+}
