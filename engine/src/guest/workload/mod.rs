@@ -1,1 +1,26 @@
-//! The embedded guest: a process with memory that it verifies, an access pattern and a speed.
+//! The embedded guest: a process with memory that it verifies, an access pattern and a speed. It
+//! needs nothing installed and no privileges. `docs/workload.md` describes it.
+//!
+//! - what it does: [`profile`] (numbers), [`pattern`] (which page next), [`pages`] (contents),
+//!   [`partition`] (the generation table and the final verification), [`workers`] (threads);
+//! - how it is reached: [`options`], [`process`] ([`run`]), [`service`], [`control`], [`stats`].
+
+pub mod control;
+mod memory;
+mod options;
+mod pages;
+mod partition;
+mod pattern;
+mod process;
+mod profile;
+mod service;
+mod stats;
+mod wire;
+mod workers;
+
+pub use memory::SharedMemory;
+pub use options::{GuestOptions, MAX_BYTES, MIN_BYTES};
+pub use process::{Ending, GuestProcessError, run};
+pub use profile::{ContentShares, PhaseSpec, Profile, ProfileSpec};
+pub use stats::{MAX_THREADS, Stats, StatsPage};
+pub use workers::Plan;

@@ -1,0 +1,394 @@
+//! The control socket of the embedded guest: what can be asked, what is answered, and the client.
+//! `docs/workload.md` describes it for people. One request is one line of JSON, one reply another;
+//! replies come in the order of the requests. This file must never decide what a request does.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::stats::Stats;
+use super::wire::{self, LineReader};
+use super::workers::Plan;
+
+/// Version of the control protocol, of the saved state and of the page contents together. Two
+/// guests of different formats cannot take each other's place.
+pub const FORMAT: u32 = 1;
+
+/// What can be asked of a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "do")]
+pub enum Request {
+    /// What the guest is and how it stands.
+    Describe,
+    /// A userfaultfd of the guest, its mappings, its memory and its figures page.
+    Memory {
+        /// What the userfaultfd is for.
+        purpose: Purpose,
+    },
+    /// Every page is in place and the pager has unregistered: the guest closes its own copy of the
+    /// userfaultfd. Closing it earlier would turn missing pages into zeroes.
+    Settled,
+    /// Stop all workers between two accesses.
+    Freeze {
+        /// How long to wait for workers that wait for pages.
+        patience_ms: u32,
+    },
+    /// Let a frozen guest go on.
+    Thaw,
+    /// The state of a frozen guest.
+    Save,
+    /// Give a waiting guest its state; it is frozen then.
+    Load {
+        /// What `save` returned, in hexadecimal digits.
+        state: String,
+    },
+    /// Let a loaded guest run.
+    Resume,
+    /// Verify all of guest memory; a running guest is frozen meanwhile.
+    Verify,
+    /// End the process.
+    Stop,
+}
+
+/// What a userfaultfd of the guest is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Purpose {
+    /// To track writes. Always a new one; the guest keeps no copy.
+    Track,
+    /// To serve missing pages. The guest keeps a copy, and hands the same one to the next pager,
+    /// until it is told [`Request::Settled`].
+    Page,
+}
+
+/// Answers of a guest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "reply")]
+pub enum Reply {
+    /// Answer to [`Request::Describe`].
+    Description(Box<Description>),
+    /// Answer to [`Request::Memory`], with three descriptors: userfaultfd, memory, figures.
+    Memory {
+        /// In the form in which Firecracker tells its page-fault handler.
+        mappings: Vec<GuestMapping>,
+    },
+    /// Answer to [`Request::Save`].
+    State {
+        /// In hexadecimal digits.
+        state: String,
+    },
+    /// Answer to [`Request::Verify`] if all is right.
+    Verified {
+        /// Number of pages.
+        pages: u64,
+    },
+    /// Done; nothing to tell.
+    Done,
+    /// Not done.
+    Failed {
+        /// What failed, on what, what to do about it.
+        error: String,
+    },
+}
+
+/// One mapping of guest memory in the guest's process, with Firecracker's names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMapping {
+    /// Address of the first byte.
+    pub base_host_virt_addr: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// Offset in the memory file, in bytes.
+    pub offset: u64,
+    /// Page size in bytes.
+    pub page_size: u64,
+    /// The same number under the older of Firecracker's two names (it has always been in bytes).
+    pub page_size_kib: u64,
+}
+
+/// How a guest stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Standing {
+    /// Incoming, without state: it may be given one.
+    Waiting,
+    /// It has its state and does not run.
+    Frozen,
+    /// It runs.
+    Running,
+}
+
+/// What a guest is and how it stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Description {
+    /// [`FORMAT`] of the guest's program.
+    pub format: u32,
+    /// Process id.
+    pub pid: u32,
+    /// Size of its memory in bytes.
+    pub bytes: u64,
+    /// How it stands.
+    pub standing: Standing,
+    /// Whether it keeps a userfaultfd for missing pages.
+    pub paged: bool,
+    /// What it does; none while it waits.
+    pub plan: Option<Plan>,
+    /// Its figures.
+    pub stats: Stats,
+    /// The first wrong pages that its workers came across.
+    pub wrong: Vec<String>,
+}
+
+/// Why a guest did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Nobody listens on the socket.
+    #[error("no guest answers at {}: start one, or give the path of its control socket", .0.display())]
+    Unreachable(PathBuf, #[source] io::Error),
+    /// The connection broke, or the guest did not answer in time.
+    #[error("the guest did not answer '{0}'")]
+    Broken(&'static str, #[source] io::Error),
+    /// Something else than a guest answers.
+    #[error("what answers '{0}' is not a guest of this version of hybridmig: {1}")]
+    Foreign(&'static str, String),
+    /// The guest said no.
+    #[error("the guest refused '{0}': {1}")]
+    Refused(&'static str, String),
+}
+
+/// What [`Control::memory`] brings.
+#[derive(Debug)]
+pub struct MemoryHandover {
+    /// The userfaultfd, before its API handshake if it is new.
+    pub uffd: OwnedFd,
+    /// The guest's memory.
+    pub memory: OwnedFd,
+    /// The figures page, for [`super::StatsPage::attach`].
+    pub stats: OwnedFd,
+    /// Where the guest has its memory.
+    pub mappings: Vec<GuestMapping>,
+}
+
+/// A connection to a guest's control socket.
+pub struct Control {
+    reader: LineReader,
+}
+
+/// Longest wait for an answer that needs no work.
+const PROMPT: Duration = Duration::from_secs(30);
+/// Longest wait for a verification: 8 GiB on a slow and busy machine.
+const VERIFICATION: Duration = Duration::from_secs(600);
+
+impl Control {
+    /// Connects to the guest that listens at `path`.
+    pub fn connect(path: &Path) -> Result<Self, ControlError> {
+        let stream = UnixStream::connect(path)
+            .map_err(|error| ControlError::Unreachable(path.to_owned(), error))?;
+        Ok(Self {
+            reader: LineReader::new(stream),
+        })
+    }
+
+    /// Connects to a guest that is about to listen, as long as `alive` says that it may come.
+    pub fn wait(
+        path: &Path,
+        patience: Duration,
+        mut alive: impl FnMut() -> bool,
+    ) -> Result<Self, ControlError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match Self::connect(path) {
+                Err(ControlError::Unreachable(..)) if alive() && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// [`Request::Describe`].
+    pub fn describe(&mut self) -> Result<Description, ControlError> {
+        const WHAT: &str = "describe";
+        match self.ask(WHAT, &Request::Describe, PROMPT)?.0 {
+            Reply::Description(description) if description.format == FORMAT => Ok(*description),
+            Reply::Description(description) => Err(ControlError::Foreign(
+                WHAT,
+                format!(
+                    "it has format {} where {FORMAT} is expected",
+                    description.format
+                ),
+            )),
+            reply => Err(unexpected(WHAT, &reply)),
+        }
+    }
+
+    /// [`Request::Memory`].
+    pub fn memory(&mut self, purpose: Purpose) -> Result<MemoryHandover, ControlError> {
+        const WHAT: &str = "memory";
+        let (reply, fds) = self.ask(WHAT, &Request::Memory { purpose }, PROMPT)?;
+        let Reply::Memory { mappings } = reply else {
+            return Err(unexpected(WHAT, &reply));
+        };
+        let [uffd, memory, stats] = <[OwnedFd; 3]>::try_from(fds).map_err(|fds| {
+            ControlError::Foreign(WHAT, format!("{} descriptors instead of 3", fds.len()))
+        })?;
+        Ok(MemoryHandover {
+            uffd,
+            memory,
+            stats,
+            mappings,
+        })
+    }
+
+    /// [`Request::Settled`].
+    pub fn settled(&mut self) -> Result<(), ControlError> {
+        self.command("settled", &Request::Settled, PROMPT)
+    }
+
+    /// [`Request::Freeze`].
+    pub fn freeze(&mut self, patience: Duration) -> Result<(), ControlError> {
+        let patience_ms = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+        let request = Request::Freeze { patience_ms };
+        self.command("freeze", &request, patience + PROMPT)
+    }
+
+    /// [`Request::Thaw`].
+    pub fn thaw(&mut self) -> Result<(), ControlError> {
+        self.command("thaw", &Request::Thaw, PROMPT)
+    }
+
+    /// [`Request::Save`].
+    pub fn save(&mut self) -> Result<Vec<u8>, ControlError> {
+        const WHAT: &str = "save";
+        match self.ask(WHAT, &Request::Save, PROMPT)?.0 {
+            Reply::State { state } => {
+                from_hex(&state).map_err(|error| ControlError::Foreign(WHAT, error))
+            }
+            reply => Err(unexpected(WHAT, &reply)),
+        }
+    }
+
+    /// [`Request::Load`].
+    pub fn load(&mut self, state: &[u8]) -> Result<(), ControlError> {
+        let state = to_hex(state);
+        self.command("load", &Request::Load { state }, PROMPT)
+    }
+
+    /// [`Request::Resume`].
+    pub fn resume(&mut self) -> Result<(), ControlError> {
+        self.command("resume", &Request::Resume, PROMPT)
+    }
+
+    /// [`Request::Verify`].
+    pub fn verify(&mut self) -> Result<u64, ControlError> {
+        const WHAT: &str = "verify";
+        match self.ask(WHAT, &Request::Verify, VERIFICATION)?.0 {
+            Reply::Verified { pages } => Ok(pages),
+            reply => Err(unexpected(WHAT, &reply)),
+        }
+    }
+
+    /// [`Request::Stop`].
+    pub fn stop(&mut self) -> Result<(), ControlError> {
+        self.command("stop", &Request::Stop, PROMPT)
+    }
+
+    fn command(
+        &mut self,
+        what: &'static str,
+        request: &Request,
+        patience: Duration,
+    ) -> Result<(), ControlError> {
+        match self.ask(what, request, patience)?.0 {
+            Reply::Done => Ok(()),
+            reply => Err(unexpected(what, &reply)),
+        }
+    }
+
+    fn ask(
+        &mut self,
+        what: &'static str,
+        request: &Request,
+        patience: Duration,
+    ) -> Result<(Reply, Vec<OwnedFd>), ControlError> {
+        let broken = |error| ControlError::Broken(what, error);
+        let stream = self.reader.stream();
+        stream.set_read_timeout(Some(patience)).map_err(broken)?;
+        stream.set_write_timeout(Some(PROMPT)).map_err(broken)?;
+        wire::send(stream, request, &[]).map_err(broken)?;
+        match self.reader.receive() {
+            Ok(Some((Reply::Failed { error }, _))) => Err(ControlError::Refused(what, error)),
+            Ok(Some(reply)) => Ok(reply),
+            Ok(None) => Err(broken(io::ErrorKind::UnexpectedEof.into())),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                Err(ControlError::Foreign(what, error.to_string()))
+            }
+            Err(error) => Err(broken(error)),
+        }
+    }
+}
+
+fn unexpected(what: &'static str, reply: &Reply) -> ControlError {
+    let text: String = format!("{reply:?}").chars().take(80).collect();
+    ControlError::Foreign(what, format!("it answered {text}"))
+}
+
+/// Bytes as hexadecimal digits.
+pub fn to_hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("writing to a string does not fail");
+        text
+    })
+}
+
+/// Hexadecimal digits as bytes.
+pub fn from_hex(text: &str) -> Result<Vec<u8>, String> {
+    let bad = || "the state is not a string of hexadecimal digits".to_string();
+    if !text.is_ascii() || !text.len().is_multiple_of(2) {
+        return Err(bad());
+    }
+    text.as_bytes()
+        .chunks(2)
+        .map(|pair| {
+            let digit = |byte: u8| char::from(byte).to_digit(16).ok_or_else(bad);
+            Ok((digit(pair[0])? * 16 + digit(pair[1])?) as u8)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn hex_goes_round(bytes: Vec<u8>) {
+            prop_assert_eq!(from_hex(&to_hex(&bytes)), Ok(bytes));
+        }
+
+        #[test]
+        fn any_text_is_hex_or_an_error(text: String) {
+            if let Ok(bytes) = from_hex(&text) {
+                prop_assert_eq!(to_hex(&bytes), text.to_ascii_lowercase());
+            }
+        }
+    }
+
+    #[test]
+    fn requests_read_well() {
+        let line = |request: &Request| serde_json::to_string(request).unwrap();
+        assert_eq!(line(&Request::Describe), r#"{"do":"describe"}"#);
+        let purpose = Purpose::Track;
+        assert_eq!(
+            line(&Request::Memory { purpose }),
+            r#"{"do":"memory","purpose":"track"}"#
+        );
+    }
+}
