@@ -47,7 +47,10 @@ kernel() {
     fi
     echo "guest image: downloading $package" >&2
     # As root apt would otherwise try, and complain, to drop to a user who may not write here.
-    (cd "$work" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download "$package")
+    (cd "$work" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download "$package") || {
+        echo "guest image: apt cannot download $package; are its lists old? 'apt-get update'" >&2
+        exit 1
+    }
     deb=$(find "$work" -name '*.deb')
     mkdir "$work/kernel"
     dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$work/kernel" --no-same-owner --wildcards \

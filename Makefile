@@ -1,0 +1,65 @@
+# `make` lists the targets. Steps run one after the other whatever -j says: they share the CPU and
+# cargo's lock, and the test runner's summary has to come last.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Where rustup puts cargo, in case this shell does not know yet.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: setup
+setup: ## install what building and testing need (Debian packages, cargo-nextest)
+	@scripts/setup.sh build test
+
+.PHONY: setup-build
+setup-build:
+	@scripts/setup.sh build
+
+.PHONY: build
+build: setup-build ## build the release binary, target/release/hybridmig
+	cargo build --release --locked --package hybridmig
+
+.PHONY: demo
+demo: build ## move a self-checking guest over an emulated 50 ms link on this machine
+	$(TARGET_DIR)/release/hybridmig demo
+
+.PHONY: test
+test: setup fmt clippy test-doc test-run ## check formatting and lints, run every test
+
+.PHONY: fmt
+fmt:
+	cargo fmt --all --check
+
+.PHONY: clippy
+clippy:
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+.PHONY: test-doc
+test-doc:
+	cargo test --locked --workspace --doc --quiet
+
+.PHONY: test-run
+test-run:
+	cargo nextest run --locked --workspace
+
+.PHONY: bench
+bench: setup-build ## run the benchmarks (about 10 s each, on an idle machine)
+	cargo bench --locked --package hybridmig-bench --benches
+
+.PHONY: deny
+deny: setup-build ## check licenses, bans and sources of the dependencies (cargo-deny)
+	@cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny
+	cargo deny --locked check bans licenses sources
+
+.PHONY: image
+image: ## build the Linux guest of the tests, target/guest-image
+	scripts/guest-image.sh $(TARGET_DIR)/guest-image
+
+.PHONY: clean
+clean: ## remove everything that was built
+	cargo clean
