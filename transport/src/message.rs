@@ -178,9 +178,11 @@ pub enum RefusalCode {
 pub enum Standing {
     /// It has not accepted the guest and from now on never will: its journal holds the refusal.
     Refused(Refusal),
-    /// It still prepares; ownership has not been offered to it.
+    /// Something that belongs to the handover has not arrived. It has not accepted, and declines if
+    /// it is told to cancel.
     Preparing,
-    /// Ownership was offered; it is placing blocks and loading the state.
+    /// All of the handover has arrived and it is loading the state, which may fetch blocks. It will
+    /// accept or decline by itself; a cancel comes too late.
     Loading,
     /// It has accepted: the guest is the destination's.
     Accepted,
@@ -310,12 +312,14 @@ pub enum Message {
     AllPlaced(DestinationSummary),
     /// Source → destination: released; nothing more will come.
     Released,
-    /// Either side before the handover: stop, the guest stays at the source.
+    /// Either side before the handover: stop, the guest stays at the source. From a source it is
+    /// also the answer to a refusal (so that the destination need not wait for it to come back), and
+    /// after a resumed connection the request to decline if that is still possible.
     Cancel {
         /// Why.
         reason: String,
     },
-    /// Destination → source, first message after a resumed connection.
+    /// Destination → source, after the welcome of a resumed connection.
     Status {
         /// Where the destination stands.
         standing: Standing,

@@ -1,5 +1,17 @@
 //! What goes into the session machines and what comes out of them. Time is a [`Duration`] since
 //! the session began, given with every input, so that a virtual clock can drive them.
+//!
+//! Rules for whoever drives a machine:
+//!
+//! - Commands that have an answer (guest commands and `Journal`) are executed one at a time, in the
+//!   order in which the machine gave them, and each is answered exactly once, by its own answer or
+//!   by `Failed`, in that order. The one exception is [`DestinationCommand::Abandon`], which see.
+//! - After every input and after every call of `poll_chunk` the commands are polled until there is
+//!   none.
+//! - Messages sent before `Finish` or `CloseLink` are delivered, or their connection is lost, before
+//!   the link is closed: they may be what tells the peer who owns the guest.
+//! - A link that a `CloseLink` named is gone for the machine at once; a `Disconnected` for it may
+//!   still be given and changes nothing.
 
 use std::time::Duration;
 
@@ -167,7 +179,7 @@ pub enum SourceCommand {
     Thaw,
     /// The guest has left for good.
     Release,
-    /// Drop this link; the peer is told why.
+    /// Drop this link; the peer is told why. Ask `wants_link` whether to dial again.
     CloseLink {
         /// Why.
         reason: String,
@@ -265,6 +277,12 @@ pub enum DestinationInput {
         /// What failed and why.
         error: String,
     },
+    /// The data plane found that the source broke the protocol (a batch that cannot be decoded, a
+    /// block beyond its region).
+    Violation {
+        /// What it did.
+        what: String,
+    },
     /// The operator wants it to end.
     Cancel {
         /// Why.
@@ -274,7 +292,9 @@ pub enum DestinationInput {
     Timeout,
 }
 
-/// What applying a batch did.
+/// What applying a batch did. Batches are reported in the order in which the
+/// [ledger](super::ledger::Ledger) saw them, or a repaired block could be reported before its
+/// rejection.
 #[derive(Clone, Debug, Default)]
 pub struct AppliedBatch {
     /// Its id.
@@ -283,6 +303,8 @@ pub struct AppliedBatch {
     pub placed: Blocks,
     /// Blocks that must be sent again in full.
     pub rejected: Vec<(RegionId, u32)>,
+    /// Blocks rejected in an earlier batch that are now current.
+    pub repaired: Vec<(RegionId, u32)>,
 }
 
 /// Records of the destination's journal.
@@ -344,7 +366,9 @@ pub enum DestinationCommand {
     /// Every block is here: let go of the guest. The driver adds its summary to the message that
     /// follows ([`Message::AllPlaced`] is sent with an empty summary, which the driver fills in).
     Disarm,
-    /// The guest will never run here.
+    /// The guest will never run here. Executed at once, even beside a guest command that is still
+    /// at work (a `LoadState` that waits for a block which will never come) and thereby ends it. The
+    /// answer of that other command comes before [`DestinationInput::Abandoned`].
     Abandon,
     /// Drop this link; the peer is told why.
     CloseLink {
@@ -374,6 +398,12 @@ pub enum DestinationOutcome {
     /// the patience.
     Incomplete {
         /// What is known.
+        reason: String,
+    },
+    /// Acceptance was made durable, the guest could not be started here, and that it never will be
+    /// could not be made durable. The source stays frozen: `hybridmig resolve` is needed.
+    Failed {
+        /// What failed.
         reason: String,
     },
 }

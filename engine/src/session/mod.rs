@@ -3,4 +3,7 @@
 pub mod destination;
 pub mod io;
 pub mod ledger;
+mod pieces;
+mod ranges;
+mod rate;
 pub mod source;

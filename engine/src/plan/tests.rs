@@ -1,0 +1,199 @@
+//! The decision rules, in figures.
+
+use hybridmig_transport::message::RegionKind;
+
+use super::*;
+
+const RAM: RegionId = RegionId(0);
+
+fn regions(blocks: u32) -> Vec<RegionInfo> {
+    vec![RegionInfo {
+        id: RAM,
+        kind: RegionKind::Memory,
+        name: "ram".into(),
+        blocks,
+        block_size: 4096,
+    }]
+}
+
+fn set(blocks: impl IntoIterator<Item = u32>) -> Blocks {
+    std::iter::once((RAM, blocks.into_iter().collect())).collect()
+}
+
+fn limits(mode: Mode) -> Limits {
+    Limits {
+        mode,
+        target: Duration::from_millis(300),
+        max_downtime: None,
+        max_rounds: 30,
+    }
+}
+
+/// 1000 blocks/s over 50 ms: (300 − 25 − 50) ms carry 225 blocks.
+fn figures(rest: u64, rest_before: u64, dirty_rate: f64) -> RoundFigures {
+    RoundFigures {
+        round: 2,
+        rest,
+        rest_before,
+        dirty_rate,
+        send_rate: 1000.0,
+        rtt: Duration::from_millis(50),
+    }
+}
+
+#[test]
+fn heat_is_recency_first_then_frequency() {
+    let mut heat = Heat::new(&regions(4));
+    heat.scanned(&set([0, 1]));
+    heat.scanned(&set([0, 1, 2]));
+    heat.scanned(&set([1, 3]));
+    let order = |block| heat.of(RAM, block);
+    assert!(order(1) > order(3) && order(3) > order(0) && order(0) > order(2));
+    assert_eq!(heat.hottest(&set(0..4), 2), set([1, 3]));
+    assert_eq!(heat.hottest(&set(0..4), 9), set(0..4));
+    assert_eq!(heat.hottest(&set(0..4), 0), Blocks::new());
+    for _ in 0..8 {
+        heat.scanned(&Blocks::new());
+    }
+    assert_eq!(heat.of(RAM, 1), 0);
+}
+
+#[test]
+fn push_goes_near_faults_then_by_heat_then_ascending() {
+    let mut heat = Heat::new(&regions(2000));
+    heat.scanned(&set([1500, 1501]));
+    let mut remaining = set(0..2000);
+    let mut order = PushOrder::new(&remaining, &heat);
+    order.faulted(RAM, 700);
+    assert_eq!(order.next(&mut remaining, 2), Some((RAM, vec![700, 701])));
+    while order.recent.last().is_some() {
+        let (_, near) = order.next(&mut remaining, 64).expect("blocks remain");
+        if near[0] == 1500 {
+            assert_eq!(near, [1500, 1501]);
+            break;
+        }
+        assert!(near.iter().all(|block| (700..=1212).contains(block)));
+    }
+    assert_eq!(order.next(&mut remaining, 3), Some((RAM, vec![0, 1, 2])));
+    let mut left = 0;
+    while let Some((_, blocks)) = order.next(&mut remaining, 64) {
+        left += blocks.len();
+    }
+    assert_eq!(left, 2000 - 513 - 2 - 3);
+    assert!(remaining.is_empty());
+}
+
+#[test]
+fn what_fits_leaves_room_for_delay_and_fixed_costs() {
+    let rtt = Duration::from_millis(50);
+    assert_eq!(fits(Duration::from_millis(300), rtt, 1000.0), 225);
+    // The delay alone exceeds the target: the floor is a tenth of it.
+    let far = Duration::from_secs(1);
+    assert_eq!(fits(Duration::from_millis(300), far, 1000.0), 30);
+}
+
+#[test]
+fn hybrid_freezes_when_the_rest_fits_or_rounds_stop_paying() {
+    let decide = |figures| Decider::new(limits(Mode::Hybrid)).after_round(figures);
+    assert_eq!(decide(figures(200, 5000, 100.0)), Verdict::Freeze);
+    assert_eq!(decide(figures(2000, 5000, 100.0)), Verdict::Round);
+    assert_eq!(decide(figures(2000, 5000, 800.0)), Verdict::Freeze);
+    assert_eq!(decide(figures(4500, 5000, 100.0)), Verdict::Freeze);
+    let last = RoundFigures {
+        round: 30,
+        ..figures(2000, 5000, 100.0)
+    };
+    assert_eq!(decide(last), Verdict::Freeze);
+}
+
+#[test]
+fn precopy_gives_up_only_after_several_rounds_that_did_not_pay() {
+    let mut decider = Decider::new(limits(Mode::Precopy));
+    assert_eq!(
+        decider.after_round(figures(5000, 5000, 900.0)),
+        Verdict::Round
+    );
+    assert_eq!(
+        decider.after_round(figures(5000, 5000, 900.0)),
+        Verdict::Round
+    );
+    let end = decider.after_round(figures(5000, 5000, 900.0));
+    assert!(matches!(end, Verdict::NotConverged { .. }), "{end:?}");
+}
+
+#[test]
+fn precopy_takes_what_the_operator_allows() {
+    let mut allowed = limits(Mode::Precopy);
+    allowed.max_downtime = Some(Duration::from_secs(6));
+    let mut decider = Decider::new(allowed);
+    for _ in 0..2 {
+        assert_eq!(
+            decider.after_round(figures(5000, 5000, 900.0)),
+            Verdict::Round
+        );
+    }
+    assert_eq!(
+        decider.after_round(figures(5000, 5000, 900.0)),
+        Verdict::Freeze
+    );
+
+    // A limit below what delay and fixed costs take alone is never reached.
+    let mut impossible = limits(Mode::Precopy);
+    impossible.max_downtime = Some(Duration::from_millis(60));
+    impossible.max_rounds = 2;
+    let end = Decider::new(impossible).after_round(figures(0, 5000, 0.0));
+    assert!(matches!(end, Verdict::NotConverged { .. }), "{end:?}");
+}
+
+#[test]
+fn postcopy_freezes_at_once() {
+    let mut decider = Decider::new(limits(Mode::Postcopy));
+    assert_eq!(
+        decider.after_round(figures(9000, 9000, 0.0)),
+        Verdict::Freeze
+    );
+}
+
+fn split(
+    mode: Mode,
+    share: Option<f64>,
+    max: Option<u64>,
+    rest: Blocks,
+    heat: &Heat,
+) -> FreezeSplit {
+    let limits = Limits {
+        max_downtime: max.map(Duration::from_millis),
+        ..limits(mode)
+    };
+    let share = share.map(|fraction| Share {
+        fraction,
+        populated: 1000,
+    });
+    split_at_freeze(
+        &limits,
+        share,
+        rest,
+        heat,
+        Duration::from_millis(50),
+        1000.0,
+    )
+}
+
+#[test]
+fn the_split_follows_mode_share_and_limits() {
+    let mut heat = Heat::new(&regions(1000));
+    heat.scanned(&set(300..400));
+    let rest = set(0..400);
+    let moved = |mode, share, max| split(mode, share, max, rest.clone(), &heat).freeze.len();
+    assert_eq!(moved(Mode::Precopy, None, None), 400);
+    assert_eq!(moved(Mode::Postcopy, None, None), 0);
+    assert_eq!(moved(Mode::Hybrid, None, None), 225);
+    assert_eq!(moved(Mode::Hybrid, Some(1.0), None), 400);
+    assert_eq!(moved(Mode::Hybrid, Some(0.7), None), 100);
+    assert_eq!(moved(Mode::Hybrid, Some(0.5), None), 0);
+    assert_eq!(moved(Mode::Hybrid, Some(1.0), Some(175)), 100);
+
+    let split = split(Mode::Hybrid, Some(0.7), None, rest.clone(), &heat);
+    assert_eq!(split.freeze, set(300..400), "the hottest move");
+    assert_eq!(split.behind, set(0..300));
+}

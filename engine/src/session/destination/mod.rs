@@ -1,0 +1,667 @@
+//! The destination's end of a session, as a state machine without I/O: inputs go in with the time,
+//! commands are polled out.
+//!
+//! It must never run the guest before its acceptance is durable, nor say that it has declined while
+//! there is any way left that the guest could run here.
+
+mod handover;
+mod messages;
+mod postcopy;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use hybridmig_transport::message::{
+    Features, Message, Offer, Refusal, RefusalCode, ResumeTimings, SessionId,
+};
+use serde::Serialize;
+
+use super::io::{AppliedBatch, DestinationCommand, DestinationInput, DestinationOutcome, Phase};
+use super::ranges::Ranges;
+use crate::blocks::{Blocks, RegionId};
+
+/// What the operator and the driver set.
+#[derive(Clone, Debug)]
+pub struct DestinationConfig {
+    /// How long to wait for the source before the session ends without it.
+    pub patience: Duration,
+    /// How long to stay reachable after the session has been decided, for a source that has lost
+    /// the link and comes back to ask.
+    pub linger: Duration,
+    /// Longest time that an acknowledgement waits for others.
+    pub ack_interval: Duration,
+    /// Acknowledgements sent at once.
+    pub ack_batches: u32,
+    /// Bits of [`Features`] that this side has.
+    pub features: u64,
+    /// What the source is told of this software.
+    pub software: String,
+}
+
+impl Default for DestinationConfig {
+    fn default() -> Self {
+        Self {
+            patience: Duration::from_secs(600),
+            linger: Duration::from_secs(30),
+            ack_interval: Duration::from_millis(5),
+            ack_batches: 64,
+            features: Features::ALL,
+            software: concat!("hybridmig ", env!("CARGO_PKG_VERSION")).into(),
+        }
+    }
+}
+
+/// Where the session stands. Every state names what it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// `Hello`.
+    Idle,
+    /// `Offer`.
+    AwaitOffer,
+    /// `Checked`.
+    Checking,
+    /// `Prepared`.
+    Preparing,
+    /// Batches, and in the end all of the handover.
+    Receiving,
+    /// `Armed`.
+    Arming,
+    /// `Loaded`.
+    Loading,
+    /// `Accepted` to be durable.
+    Accepting,
+    /// `Resumed`.
+    Resuming,
+    /// The last missing block.
+    PostCopy,
+    /// `Disarmed`.
+    Disarming,
+    /// `Complete` to be durable.
+    Completing,
+    /// `Released`.
+    AwaitReleased,
+    /// `Abandoned`.
+    Abandoning,
+    /// `Declined` to be durable.
+    Declining,
+    /// The source to know of it.
+    Declined,
+    /// Nothing.
+    Finished,
+}
+
+/// The link, as far as the machine knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    Down,
+    /// `Hello` is awaited.
+    Greeting,
+    Up,
+}
+
+/// Commands that have an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Awaited {
+    Check,
+    Prepare,
+    Arm,
+    LoadState,
+    Journal,
+    Resume,
+    Disarm,
+    Abandon,
+}
+
+/// [`Message::Handover`].
+#[derive(Clone, Copy, Debug)]
+struct Handover {
+    batches: u64,
+    postcopy_pass: u32,
+    state_len: u64,
+    state_hash: [u8; 32],
+}
+
+/// A session that will not be accepted.
+#[derive(Clone, Debug)]
+struct Decline {
+    refusal: Refusal,
+    outcome: DestinationOutcome,
+    /// The source has ended it itself and waits for nothing.
+    source_knows: bool,
+}
+
+/// When the steps of the handover began.
+#[derive(Clone, Copy, Debug, Default)]
+struct Marks {
+    first: Option<Duration>,
+    step: Duration,
+}
+
+/// Where a session stands, for a progress bar.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct DestinationProgress {
+    /// The phase.
+    pub phase: Phase,
+    /// Batches applied.
+    pub batches: u64,
+    /// Blocks that stayed behind at the freeze.
+    pub behind: u64,
+    /// Of those: not here yet.
+    pub missing: u64,
+    /// Blocks asked for.
+    pub faults: u64,
+    /// Blocks that could not be decoded.
+    pub rejected: u64,
+    /// Whether the link is up.
+    pub linked: bool,
+    /// Times the link came back.
+    pub reconnects: u32,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct DestinationMachine {
+    config: DestinationConfig,
+    state: State,
+    link: Link,
+    commands: VecDeque<DestinationCommand>,
+    awaited: VecDeque<Awaited>,
+    session: Option<SessionId>,
+    offer: Option<Offer>,
+    /// `Prepare` was asked for, so that there is something to abandon.
+    prepared: bool,
+    heard: Duration,
+
+    // Batches.
+    applied: Ranges,
+    acks: Ranges,
+    ack_count: u32,
+    ack_rejected: Vec<(RegionId, u32)>,
+    ack_due: Option<Duration>,
+    /// Rejected, not repaired yet.
+    outstanding: Blocks,
+
+    // Handover.
+    behind: Blocks,
+    pieces: u32,
+    handover: Option<Handover>,
+    armed: bool,
+    /// The acceptance is durable.
+    accepted: bool,
+    decline: Option<Decline>,
+    /// A resumed link waits for `Status`.
+    status_owed: bool,
+    marks: Marks,
+    timings: ResumeTimings,
+
+    // Post-copy.
+    missing: Blocks,
+    /// Placed or removed while `Armed` was on its way.
+    gone_early: Blocks,
+    /// Faulted and not here.
+    waiting: Blocks,
+    /// Asked for on this link.
+    requested: Blocks,
+    told_complete: bool,
+
+    batches: u64,
+    faults: u64,
+    rejected: u64,
+    reconnects: u32,
+    notes: Vec<String>,
+    warnings: Vec<String>,
+}
+
+/// Ranges of batch ids in one acknowledgement.
+const ACK_RANGES: usize = 1024;
+/// Rejected blocks in one acknowledgement.
+const ACK_REJECTED: usize = 4096;
+/// Batches apply almost in order; a source whose ids are scattered wider than this is broken.
+const MAX_FRAGMENTS: usize = 65_536;
+
+impl DestinationMachine {
+    /// Waits for a source.
+    pub fn new(config: DestinationConfig) -> Self {
+        Self {
+            config,
+            state: State::Idle,
+            link: Link::Down,
+            commands: VecDeque::new(),
+            awaited: VecDeque::new(),
+            session: None,
+            offer: None,
+            prepared: false,
+            heard: Duration::ZERO,
+            applied: Ranges::default(),
+            acks: Ranges::default(),
+            ack_count: 0,
+            ack_rejected: Vec::new(),
+            ack_due: None,
+            outstanding: Blocks::new(),
+            behind: Blocks::new(),
+            pieces: 0,
+            handover: None,
+            armed: false,
+            accepted: false,
+            decline: None,
+            status_owed: false,
+            marks: Marks::default(),
+            timings: ResumeTimings::default(),
+            missing: Blocks::new(),
+            gone_early: Blocks::new(),
+            waiting: Blocks::new(),
+            requested: Blocks::new(),
+            told_complete: false,
+            batches: 0,
+            faults: 0,
+            rejected: 0,
+            reconnects: 0,
+            notes: Vec::new(),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// Takes an input.
+    pub fn handle(&mut self, now: Duration, input: DestinationInput) {
+        if self.state == State::Finished {
+            return;
+        }
+        match input {
+            DestinationInput::Connected => self.connected(),
+            DestinationInput::Disconnected { reason } => self.disconnected(now, &reason),
+            DestinationInput::Message(message) => self.message(now, message),
+            DestinationInput::Checked(result) => {
+                if self.answered(Awaited::Check) && self.state == State::Checking {
+                    self.checked(now, result);
+                }
+            }
+            DestinationInput::Prepared => {
+                if self.answered(Awaited::Prepare) && self.state == State::Preparing {
+                    self.enter(now, State::Receiving);
+                    let notes = std::mem::take(&mut self.notes);
+                    self.send(Message::Ready { notes });
+                }
+            }
+            DestinationInput::Applied(batch) => self.batch_applied(now, batch),
+            DestinationInput::Armed { missing } => {
+                if self.answered(Awaited::Arm) && self.state == State::Arming {
+                    self.armed(now, missing);
+                }
+            }
+            DestinationInput::Loaded => {
+                if self.answered(Awaited::LoadState) && self.state == State::Loading {
+                    self.loaded(now);
+                }
+            }
+            DestinationInput::Journaled => {
+                if self.answered(Awaited::Journal) {
+                    self.journaled(now);
+                }
+            }
+            DestinationInput::Resumed => {
+                if self.answered(Awaited::Resume) && self.state == State::Resuming {
+                    self.resumed(now);
+                }
+            }
+            DestinationInput::Disarmed => {
+                if self.answered(Awaited::Disarm) && self.state == State::Disarming {
+                    self.disarmed(now);
+                }
+            }
+            DestinationInput::Abandoned => {
+                if self.answered(Awaited::Abandon) && self.state == State::Abandoning {
+                    self.abandoned(now);
+                }
+            }
+            DestinationInput::Fault { region, block } => self.fault(region, block),
+            DestinationInput::Removed(blocks) => self.removed(now, &blocks),
+            DestinationInput::Failed { error } => self.failed(now, error),
+            DestinationInput::Violation { what } => self.violation(now, &what),
+            DestinationInput::Cancel { reason } => self.cancel(now, reason),
+            DestinationInput::Timeout => self.timeout(now),
+        }
+        if self.ack_due.is_some_and(|due| now >= due) {
+            self.acknowledge();
+        }
+    }
+
+    /// The next command, until there is none.
+    pub fn poll_command(&mut self) -> Option<DestinationCommand> {
+        self.commands.pop_front()
+    }
+
+    /// When [`DestinationInput::Timeout`] is due.
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        if self.state == State::Finished {
+            return None;
+        }
+        [self.ack_due, self.deadline()].into_iter().flatten().min()
+    }
+
+    /// For a connection that comes while another one is up: `None` if its hello is that of our own
+    /// source, whose old link has died unnoticed (give the machine `Disconnected`, `Connected` and
+    /// the hello); otherwise what to answer before closing it, without telling the machine.
+    pub fn refuse_other(&self, hello: &Message) -> Option<Refusal> {
+        match (hello, self.session) {
+            (
+                Message::Hello {
+                    session,
+                    resume: true,
+                    ..
+                },
+                Some(ours),
+            ) if *session == ours => None,
+            _ => Some(self.busy()),
+        }
+    }
+
+    /// The session, once a source has named it.
+    pub fn session(&self) -> Option<SessionId> {
+        self.session
+    }
+
+    /// The phase of the session.
+    pub fn phase(&self) -> Phase {
+        match self.state {
+            State::Idle | State::AwaitOffer | State::Checking | State::Preparing => {
+                Phase::Negotiation
+            }
+            State::Receiving if self.pieces == 0 && self.handover.is_none() => Phase::PreCopy,
+            State::Receiving
+            | State::Arming
+            | State::Loading
+            | State::Accepting
+            | State::Resuming => Phase::FreezeCopy,
+            State::PostCopy => Phase::PostCopy,
+            State::Disarming
+            | State::Completing
+            | State::AwaitReleased
+            | State::Abandoning
+            | State::Declining
+            | State::Declined
+            | State::Finished => Phase::Done,
+        }
+    }
+
+    /// Where the session stands.
+    pub fn progress(&self) -> DestinationProgress {
+        DestinationProgress {
+            phase: self.phase(),
+            batches: self.batches,
+            behind: self.behind.len(),
+            missing: self.missing.len(),
+            faults: self.faults,
+            rejected: self.rejected,
+            linked: self.link != Link::Down,
+            reconnects: self.reconnects,
+        }
+    }
+
+    /// Durations of the handover on this side; zero until it is done.
+    pub fn timings(&self) -> ResumeTimings {
+        self.timings
+    }
+
+    /// What went wrong without ending the session.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    fn enter(&mut self, now: Duration, state: State) {
+        // The wait that begins is counted from here.
+        self.heard = now;
+        self.state = state;
+    }
+
+    fn command(&mut self, command: DestinationCommand) {
+        let awaited = match &command {
+            DestinationCommand::Check(_) => Some(Awaited::Check),
+            DestinationCommand::Prepare(_) => Some(Awaited::Prepare),
+            DestinationCommand::Arm { .. } => Some(Awaited::Arm),
+            DestinationCommand::LoadState { .. } => Some(Awaited::LoadState),
+            DestinationCommand::Journal(_) => Some(Awaited::Journal),
+            DestinationCommand::Resume => Some(Awaited::Resume),
+            DestinationCommand::Disarm => Some(Awaited::Disarm),
+            DestinationCommand::Abandon => Some(Awaited::Abandon),
+            DestinationCommand::Send(_)
+            | DestinationCommand::Fetch { .. }
+            | DestinationCommand::CloseLink { .. }
+            | DestinationCommand::Finish(_) => None,
+        };
+        self.awaited.extend(awaited);
+        self.commands.push_back(command);
+    }
+
+    fn send(&mut self, message: Message) {
+        if self.link == Link::Up {
+            self.command(DestinationCommand::Send(message));
+        }
+    }
+
+    fn finish(&mut self, outcome: DestinationOutcome) {
+        self.state = State::Finished;
+        self.command(DestinationCommand::Finish(outcome));
+    }
+
+    /// Whether the answer is the one that is due; another one is the driver's mistake and is not
+    /// acted on.
+    fn answered(&mut self, answer: Awaited) -> bool {
+        let due = self.awaited.front() == Some(&answer);
+        debug_assert!(due, "answer {answer:?} while {:?} are due", self.awaited);
+        if due {
+            self.awaited.pop_front();
+        }
+        due
+    }
+
+    fn busy(&self) -> Refusal {
+        let session = self
+            .session
+            .map_or_else(String::new, |session| format!(" {session}"));
+        Refusal {
+            code: RefusalCode::Busy,
+            reasons: vec![format!(
+                "the destination is busy with session{session}: wait for its end, or start another \
+                 receiver"
+            )],
+        }
+    }
+
+    fn connected(&mut self) {
+        if self.link != Link::Down {
+            self.link_lost();
+        }
+        self.link = Link::Greeting;
+    }
+
+    fn link_lost(&mut self) {
+        self.link = Link::Down;
+        self.status_owed = false;
+        self.acks = Ranges::default();
+        self.ack_count = 0;
+        self.ack_rejected.clear();
+        self.ack_due = None;
+        self.requested = Blocks::new();
+    }
+
+    fn disconnected(&mut self, now: Duration, reason: &str) {
+        let was_up = self.link == Link::Up;
+        self.link_lost();
+        if !was_up {
+            return;
+        }
+        let reason = format!("the link was lost before the handover: {reason}");
+        match self.state {
+            State::AwaitOffer | State::Checking | State::Preparing => {
+                self.decline_lost(now, reason);
+            }
+            State::Receiving if self.handover.is_none() => self.decline_lost(now, reason),
+            _ => {}
+        }
+    }
+
+    fn decline_lost(&mut self, now: Duration, reason: String) {
+        let outcome = DestinationOutcome::Cancelled {
+            reason: reason.clone(),
+        };
+        self.decline(now, refusal(RefusalCode::Other, reason), outcome, false);
+    }
+
+    fn close_link(&mut self, reason: String) {
+        if self.link != Link::Down {
+            self.command(DestinationCommand::CloseLink {
+                reason: reason.clone(),
+            });
+            self.warnings.push(reason);
+            self.link_lost();
+        }
+    }
+
+    /// The source sent what it may not. While nothing is accepted the guest is safest where it is;
+    /// after that only the link is given up.
+    fn violation(&mut self, now: Duration, what: &str) {
+        let reason = format!("the source broke the protocol: {what}");
+        if self.may_decline() {
+            let refusal = refusal(RefusalCode::Protocol, reason);
+            let outcome = DestinationOutcome::Refused(refusal.clone());
+            self.decline(now, refusal, outcome, false);
+        } else {
+            self.close_link(reason);
+        }
+    }
+
+    /// Whether the acceptance has not been asked to be made durable.
+    fn may_decline(&self) -> bool {
+        matches!(
+            self.state,
+            State::AwaitOffer
+                | State::Checking
+                | State::Preparing
+                | State::Receiving
+                | State::Arming
+                | State::Loading
+        )
+    }
+
+    fn cancel(&mut self, now: Duration, reason: String) {
+        if self.state == State::Idle {
+            self.finish(DestinationOutcome::Cancelled { reason });
+        } else if self.may_decline() {
+            let outcome = DestinationOutcome::Cancelled {
+                reason: reason.clone(),
+            };
+            let refusal = refusal(
+                RefusalCode::Other,
+                format!("cancelled at the destination: {reason}"),
+            );
+            self.decline(now, refusal, outcome, false);
+        } else if self.state == State::Declined {
+            self.finish_declined();
+        } else if self.state == State::AwaitReleased {
+            self.finish(DestinationOutcome::Moved);
+        } else if self.state == State::PostCopy && self.link == Link::Down {
+            self.incomplete(format!("cancelled while the link was lost: {reason}"));
+        } else {
+            self.warnings.push(format!(
+                "too late to cancel ({reason}): the guest is this side's"
+            ));
+        }
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        let wait = match self.state {
+            State::AwaitOffer
+            | State::Receiving
+            | State::Arming
+            | State::Loading
+            | State::PostCopy => self.config.patience,
+            State::AwaitReleased if self.told_complete && self.link == Link::Down => {
+                self.config.linger
+            }
+            State::AwaitReleased => self.config.patience,
+            State::Declined => self.config.linger,
+            _ => return None,
+        };
+        Some(self.heard.saturating_add(wait))
+    }
+
+    fn timeout(&mut self, now: Duration) {
+        if self.deadline().is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        let reason = format!(
+            "nothing was heard of the source for {} s",
+            self.config.patience.as_secs()
+        );
+        match self.state {
+            State::PostCopy => self.incomplete(reason),
+            State::AwaitReleased => {
+                self.warnings
+                    .push("the source did not say that it has released the guest".into());
+                self.finish(DestinationOutcome::Moved);
+            }
+            State::Declined => self.finish_declined(),
+            _ => self.decline_lost(now, reason),
+        }
+    }
+
+    fn incomplete(&mut self, reason: String) {
+        let reason = format!(
+            "{reason}; {} blocks are still at the source",
+            self.missing.len()
+        );
+        self.finish(DestinationOutcome::Incomplete { reason });
+    }
+
+    fn batch_applied(&mut self, now: Duration, batch: AppliedBatch) {
+        self.heard = now;
+        if self.applied.insert(batch.batch) {
+            self.batches += 1;
+        }
+        if self.applied.fragments() > MAX_FRAGMENTS {
+            self.violation(now, "its batch ids are scattered");
+            return;
+        }
+        for (region, block) in &batch.repaired {
+            self.outstanding.remove(*region, *block);
+        }
+        for (region, block) in &batch.rejected {
+            self.outstanding.insert(*region, *block);
+            self.rejected += 1;
+        }
+        if self.link == Link::Up && !self.status_owed {
+            self.acks.insert(batch.batch);
+            self.ack_count += 1;
+            self.ack_rejected.extend(&batch.rejected);
+            let at_once = !batch.rejected.is_empty()
+                || self.ack_count >= self.config.ack_batches
+                || (self.handover.is_some() && !self.accepted);
+            let due = if at_once {
+                now
+            } else {
+                now.saturating_add(self.config.ack_interval)
+            };
+            self.ack_due = Some(self.ack_due.map_or(due, |earlier| earlier.min(due)));
+        }
+        self.settle(now, &batch.placed);
+        self.try_arm(now);
+    }
+
+    fn acknowledge(&mut self) {
+        self.ack_due = None;
+        self.ack_count = 0;
+        while !self.acks.is_empty() || !self.ack_rejected.is_empty() {
+            let batches = self.acks.take(ACK_RANGES);
+            let more = self.ack_rejected.len().min(ACK_REJECTED);
+            let rejected = self.ack_rejected.drain(..more).collect();
+            self.send(Message::Applied { batches, rejected });
+        }
+    }
+}
+
+fn refusal(code: RefusalCode, reason: impl Into<String>) -> Refusal {
+    Refusal {
+        code,
+        reasons: vec![reason.into()],
+    }
+}

@@ -1,0 +1,172 @@
+//! How fast blocks arrive: the estimates behind the freeze decision, the bound on what is in
+//! flight, and the ETA. It only estimates; what to do with a figure is decided elsewhere.
+
+use std::time::Duration;
+
+use super::io::LinkFigures;
+
+/// Assumed before anything was measured, in bytes/s.
+const ASSUMED_BANDWIDTH: f64 = 10e6;
+/// Assumed before anything was measured: a page and its header, uncompressed.
+const ASSUMED_BLOCK: f64 = 4112.0;
+/// Shortest interval that makes a sample.
+const SAMPLE: Duration = Duration::from_millis(100);
+/// Weight of a new sample in the smoothed rate.
+const RATE_WEIGHT: f64 = 0.3;
+/// Weight of a chunk in the smoothed block size, per 64 blocks.
+const BLOCK_WEIGHT: f64 = 0.05;
+
+/// Smoothed figures of a session.
+#[derive(Debug)]
+pub(crate) struct Estimator {
+    link: LinkFigures,
+    rate: Option<f64>,
+    bytes_per_block: f64,
+    window: Option<Window>,
+}
+
+#[derive(Debug)]
+struct Window {
+    since: Duration,
+    bytes: u64,
+}
+
+impl Estimator {
+    pub(crate) fn new() -> Self {
+        Self {
+            link: LinkFigures::default(),
+            rate: None,
+            bytes_per_block: ASSUMED_BLOCK,
+            window: None,
+        }
+    }
+
+    pub(crate) fn link(&mut self, figures: LinkFigures) {
+        self.link = figures;
+    }
+
+    pub(crate) fn link_figures(&self) -> LinkFigures {
+        self.link
+    }
+
+    /// A chunk of `blocks` blocks took `bytes` on the wire.
+    pub(crate) fn sent(&mut self, blocks: u64, bytes: u64) {
+        if blocks == 0 {
+            return;
+        }
+        let weight = (BLOCK_WEIGHT * blocks as f64 / 64.0).clamp(0.001, 0.2);
+        let sample = bytes as f64 / blocks as f64;
+        self.bytes_per_block += weight * (sample - self.bytes_per_block);
+    }
+
+    /// `bytes` were acknowledged as applied. A sample spans only time in which something was in
+    /// flight throughout, from acknowledgement to acknowledgement: an idle sender says nothing about
+    /// the link.
+    pub(crate) fn applied(&mut self, now: Duration, bytes: u64, more_in_flight: bool) {
+        match &mut self.window {
+            None => {}
+            Some(window) => {
+                window.bytes += bytes;
+                let elapsed = now.saturating_sub(window.since);
+                if elapsed >= SAMPLE.max(self.link.min_rtt) {
+                    let sample = window.bytes as f64 / elapsed.as_secs_f64();
+                    self.rate = Some(match self.rate {
+                        None => sample,
+                        Some(rate) => rate + RATE_WEIGHT * (sample - rate),
+                    });
+                    self.window = None;
+                }
+            }
+        }
+        if !more_in_flight {
+            self.window = None;
+        } else if self.window.is_none() {
+            self.window = Some(Window {
+                since: now,
+                bytes: 0,
+            });
+        }
+    }
+
+    /// The link was lost: a sample must not span the gap.
+    pub(crate) fn interrupted(&mut self) {
+        self.window = None;
+    }
+
+    /// Bytes per second that arrive and are applied: measured, else the transport's estimate.
+    pub(crate) fn bandwidth(&self) -> f64 {
+        match self.rate {
+            Some(rate) if rate > 0.0 => rate,
+            _ if self.link.bandwidth > 0.0 => self.link.bandwidth,
+            _ => ASSUMED_BANDWIDTH,
+        }
+    }
+
+    /// The most that the link may carry: what the bound on bytes in flight is made from, so that a
+    /// bound that was too small does not confirm itself.
+    pub(crate) fn ceiling(&self) -> f64 {
+        self.rate.unwrap_or(0.0).max(self.link.bandwidth)
+    }
+
+    pub(crate) fn bytes_per_block(&self) -> f64 {
+        self.bytes_per_block.max(1.0)
+    }
+
+    /// Blocks per second that arrive.
+    pub(crate) fn blocks_per_second(&self) -> f64 {
+        self.bandwidth() / self.bytes_per_block()
+    }
+
+    pub(crate) fn rtt(&self) -> Duration {
+        self.link.rtt
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_steady_stream_of_acknowledgements_gives_its_rate() {
+        let mut estimator = Estimator::new();
+        for tick in 0..1000u64 {
+            estimator.applied(Duration::from_millis(10 * tick), 50_000, true);
+        }
+        let rate = estimator.bandwidth();
+        assert!((4.5e6..5.5e6).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn idle_time_says_nothing_about_the_link() {
+        let mut estimator = Estimator::new();
+        for burst in 0..50u64 {
+            let start = 10_000 * burst;
+            for tick in 0..30u64 {
+                let now = Duration::from_millis(start + 10 * tick);
+                estimator.applied(now, 50_000, tick != 29);
+            }
+        }
+        let rate = estimator.bandwidth();
+        assert!((4.5e6..5.5e6).contains(&rate), "{rate}");
+    }
+
+    #[test]
+    fn the_transport_is_believed_until_something_was_measured() {
+        let mut estimator = Estimator::new();
+        assert!((estimator.bandwidth() - ASSUMED_BANDWIDTH).abs() < 1.0);
+        estimator.link(LinkFigures {
+            bandwidth: 25e6,
+            ..LinkFigures::default()
+        });
+        assert!((estimator.bandwidth() - 25e6).abs() < 1.0);
+    }
+
+    #[test]
+    fn block_size_follows_what_was_sent() {
+        let mut estimator = Estimator::new();
+        for _ in 0..500 {
+            estimator.sent(64, 64 * 1000);
+        }
+        assert!((estimator.bytes_per_block() - 1000.0).abs() < 20.0);
+    }
+}

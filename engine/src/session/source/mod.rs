@@ -1,0 +1,875 @@
+//! The source's end of a session, as a state machine without I/O: inputs go in with the time,
+//! commands and chunks are polled out.
+//!
+//! It must never let the guest run here once ownership may have left: from the moment the handover
+//! has been sent the guest is thawed for one reason only, the destination's word that it has
+//! declined and always will.
+
+mod handover;
+mod messages;
+mod postcopy;
+mod precopy;
+mod progress;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use hybridmig_transport::message::{
+    Features, GuestDescription, Message, Mode, Offer, PROTOCOL_VERSION, Refusal, RefusalCode,
+    RegionInfo, SUPPORTED_VERSIONS, SessionId,
+};
+
+pub use progress::{PhaseCount, RoundReport, SourceFigures, SourceMilestones, SourceProgress};
+
+use super::io::{
+    Chunk, ChunkBody, Lane, Phase, SourceCommand, SourceInput, SourceOutcome, SourceRecord,
+};
+use super::rate::Estimator;
+use crate::blocks::{Blocks, RegionId};
+use crate::plan::{Decider, Heat, Limits, PushOrder};
+
+/// What the operator and the driver set.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// Name of the session.
+    pub session: SessionId,
+    /// How the phases are used.
+    pub mode: Mode,
+    /// Share of the populated blocks to move before the guest resumes (hybrid mode), 0 to 1.
+    pub mem_frac: Option<f64>,
+    /// Downtime never to exceed knowingly.
+    pub max_downtime: Option<Duration>,
+    /// Downtime to aim at.
+    pub target_downtime: Duration,
+    /// Pre-copy rounds at most, the first pass included.
+    pub max_rounds: u32,
+    /// How long to wait for the other side before the session ends without it.
+    pub patience: Duration,
+    /// Blocks per chunk.
+    pub chunk_blocks: usize,
+    /// Blocks fetched around a fault, beside the one asked for.
+    pub prefetch: u32,
+    /// Least bound on the bytes in flight on the bulk lane.
+    pub min_in_flight: u64,
+    /// Greatest bound on the bytes in flight on the bulk lane.
+    pub max_in_flight: u64,
+    /// Shortest time between two scans: scanning costs the guest speed.
+    pub min_round: Duration,
+    /// Only run the checks of both sides.
+    pub check_only: bool,
+    /// Bits of [`Features`] to offer.
+    pub features: u64,
+    /// What the destination is told of this software.
+    pub software: String,
+}
+
+impl SourceConfig {
+    /// The defaults for a session of this name.
+    pub fn new(session: SessionId, mode: Mode) -> Self {
+        Self {
+            session,
+            mode,
+            mem_frac: None,
+            max_downtime: None,
+            target_downtime: Duration::from_millis(300),
+            max_rounds: 30,
+            patience: Duration::from_secs(600),
+            chunk_blocks: 64,
+            prefetch: 24,
+            min_in_flight: 2 << 20,
+            max_in_flight: 256 << 20,
+            min_round: Duration::from_millis(100),
+            check_only: false,
+            features: Features::ALL,
+            software: concat!("hybridmig ", env!("CARGO_PKG_VERSION")).into(),
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            mode: self.mode,
+            target: self.target_downtime,
+            max_downtime: self.max_downtime,
+            max_rounds: self.max_rounds.max(1),
+        }
+    }
+}
+
+/// Where the session stands. Every state names what it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// The first link.
+    Idle,
+    /// `Welcome`.
+    AwaitWelcome,
+    /// `Ready`.
+    AwaitReady,
+    /// `Tracking`.
+    StartTracking,
+    /// The round's last chunk to be handed out.
+    Round,
+    /// `Dirty` of a running guest.
+    Scanning,
+    /// What is in flight to drain, before the freeze.
+    Draining,
+    /// `Frozen`.
+    Freezing,
+    /// `Dirty` of the frozen guest.
+    FinalScan,
+    /// `StateSaved`; the freeze set goes out meanwhile.
+    Saving,
+    /// `Dirty` after the state was saved.
+    LastScan,
+    /// The last chunk of the handover to be handed out.
+    FreezeCopy,
+    /// `HandoverOffered` to be durable.
+    Offering,
+    /// The destination's answer. From here on the guest is not ours to thaw.
+    Offered,
+    /// `Accepted` to be durable.
+    Accepting,
+    /// `AllPlaced`.
+    PostCopy,
+    /// `Released` (record) to be durable.
+    Completing,
+    /// `Released` (guest).
+    Releasing,
+    /// `Declined` to be durable, before the thaw.
+    Declining,
+    /// `Thawed`.
+    Thawing,
+    /// Nothing.
+    Finished,
+}
+
+/// The link, as far as the machine knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Link {
+    Down,
+    Up,
+    /// Up again after the handover: `Welcome` is awaited.
+    Greeting,
+    /// `Status` is awaited.
+    AwaitStatus,
+    /// Pieces of what is missing are awaited.
+    AwaitMissing {
+        left: u32,
+    },
+}
+
+/// Commands that have an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Awaited {
+    StartTracking,
+    Scan,
+    Freeze,
+    SaveState,
+    Journal,
+    Thaw,
+    Release,
+}
+
+/// A chunk that was handed out.
+#[derive(Debug)]
+struct Flight {
+    /// Bytes on the wire; an estimate until `Sent`.
+    bytes: u64,
+    sent: bool,
+    applied: bool,
+    kind: ChunkKind,
+    /// Number of blocks.
+    blocks: u64,
+    /// Blocks that must come again if the link is lost: of chunks after the freeze only.
+    contents: Option<(RegionId, Vec<u32>)>,
+}
+
+/// Why a chunk went out, for the figures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ChunkKind {
+    PreCopy,
+    Freeze,
+    State,
+    Push,
+    Prefetch,
+    Urgent,
+    Resend,
+}
+
+/// Most chunks in flight, whatever their size: chunks of zeroes have almost none.
+const MAX_FLIGHTS: usize = 4096;
+/// Length of a piece of the device state.
+const STATE_PIECE: u64 = 64 * 1024;
+/// Blocks per chunk on the urgent lane.
+const URGENT_BLOCKS: usize = 4;
+/// Neighbourhoods of faults that wait to be prefetched.
+const MAX_PREFETCH: usize = 64;
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct SourceMachine {
+    config: SourceConfig,
+    guest: GuestDescription,
+    regions: Vec<RegionInfo>,
+    state: State,
+    link: Link,
+    commands: VecDeque<SourceCommand>,
+    awaited: VecDeque<Awaited>,
+    /// Tracking was started or the guest frozen: it needs a thaw to be as before.
+    touched: bool,
+    /// How the session ends once the guest is thawed.
+    ending: Option<SourceOutcome>,
+    /// Set while `HandoverOffered` is being made durable: it is not to be sent after all.
+    withdrawn: Option<SourceOutcome>,
+    /// When the other side was last heard of.
+    heard: Duration,
+
+    // Blocks.
+    heat: Heat,
+    decider: Decider,
+    estimator: Estimator,
+    /// Blocks that have content.
+    populated: Blocks,
+    /// To be sent in this round.
+    pending: Blocks,
+    /// Rejected by the destination: to be sent again in full.
+    resend: Blocks,
+    /// Populated blocks that the plan does not move before the freeze.
+    unsent: Blocks,
+    /// Freeze set, to be handed out.
+    freeze_pending: Blocks,
+    /// Everything that stayed behind at the freeze.
+    behind: Blocks,
+    /// Of `behind`: not handed out yet.
+    remaining: Blocks,
+    /// Pass of chunks handed out now.
+    pass: u32,
+    next_batch: u64,
+    flights: BTreeMap<u64, Flight>,
+    in_flight_bytes: u64,
+    last_scan: Duration,
+    round_began: RoundStart,
+
+    // Handover.
+    postcopy_pass: u32,
+    state_len: u64,
+    state_hash: [u8; 32],
+    state_next: u64,
+    behind_pieces: u32,
+
+    // Post-copy.
+    order: PushOrder,
+    urgent: VecDeque<(RegionId, u32)>,
+    urgent_set: Blocks,
+    prefetch: VecDeque<(RegionId, u32, u32)>,
+    missing: Blocks,
+    resumed_standing: Option<hybridmig_transport::message::Standing>,
+
+    figures: SourceFigures,
+    notes: Vec<String>,
+    warnings: Vec<String>,
+}
+
+/// Figures at the start of a round.
+#[derive(Clone, Copy, Debug, Default)]
+struct RoundStart {
+    at: Duration,
+    rest: u64,
+    blocks: u64,
+    bytes: u64,
+}
+
+impl SourceMachine {
+    /// A session that waits for its first link.
+    pub fn new(config: SourceConfig, guest: GuestDescription, regions: Vec<RegionInfo>) -> Self {
+        Self {
+            heat: Heat::new(&regions),
+            decider: Decider::new(config.limits()),
+            config,
+            guest,
+            regions,
+            state: State::Idle,
+            link: Link::Down,
+            commands: VecDeque::new(),
+            awaited: VecDeque::new(),
+            touched: false,
+            ending: None,
+            withdrawn: None,
+            heard: Duration::ZERO,
+            estimator: Estimator::new(),
+            populated: Blocks::new(),
+            pending: Blocks::new(),
+            resend: Blocks::new(),
+            unsent: Blocks::new(),
+            freeze_pending: Blocks::new(),
+            behind: Blocks::new(),
+            remaining: Blocks::new(),
+            pass: 1,
+            next_batch: 0,
+            flights: BTreeMap::new(),
+            in_flight_bytes: 0,
+            last_scan: Duration::ZERO,
+            round_began: RoundStart::default(),
+            postcopy_pass: 0,
+            state_len: 0,
+            state_hash: [0; 32],
+            state_next: 0,
+            behind_pieces: 0,
+            order: PushOrder::default(),
+            urgent: VecDeque::new(),
+            urgent_set: Blocks::new(),
+            prefetch: VecDeque::new(),
+            missing: Blocks::new(),
+            resumed_standing: None,
+            figures: SourceFigures::default(),
+            notes: Vec::new(),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// Takes an input.
+    pub fn handle(&mut self, now: Duration, input: SourceInput) {
+        if self.state == State::Finished {
+            return;
+        }
+        match input {
+            SourceInput::Connected => self.connected(now),
+            SourceInput::Disconnected { reason } => self.disconnected(now, &reason),
+            SourceInput::Message(message) => self.message(now, message),
+            SourceInput::Tracking(populated) => {
+                if self.answered(Awaited::StartTracking) && self.state == State::StartTracking {
+                    self.tracking(now, populated);
+                }
+            }
+            SourceInput::Dirty(dirty) => {
+                if self.answered(Awaited::Scan) {
+                    self.scanned(now, dirty);
+                }
+            }
+            SourceInput::Frozen => {
+                if self.answered(Awaited::Freeze) && self.state == State::Freezing {
+                    self.figures.milestones.frozen = Some(now);
+                    self.enter(State::FinalScan);
+                    self.command(SourceCommand::Scan);
+                }
+            }
+            SourceInput::StateSaved { len, hash } => {
+                if self.answered(Awaited::SaveState) && self.state == State::Saving {
+                    self.state_saved(now, len, hash);
+                }
+            }
+            SourceInput::Journaled => {
+                if self.answered(Awaited::Journal) {
+                    self.journaled(now);
+                }
+            }
+            SourceInput::Thawed => {
+                if self.answered(Awaited::Thaw) && self.state == State::Thawing {
+                    self.finish_ending();
+                }
+            }
+            SourceInput::Released => {
+                if self.answered(Awaited::Release) && self.state == State::Releasing {
+                    self.released();
+                }
+            }
+            SourceInput::Failed { error } => self.failed(now, error),
+            SourceInput::Sent { batch, bytes } => self.sent(batch, bytes),
+            SourceInput::Link(figures) => self.estimator.link(figures),
+            SourceInput::Cancel { reason } => self.cancel(reason),
+            SourceInput::Timeout => self.timeout(now),
+        }
+        self.advance(now);
+    }
+
+    /// The next command, until there is none.
+    pub fn poll_command(&mut self) -> Option<SourceCommand> {
+        self.commands.pop_front()
+    }
+
+    /// The next piece of work for a lane that has room. To be asked again after every input.
+    pub fn poll_chunk(&mut self, now: Duration, lane: Lane) -> Option<Chunk> {
+        if self.link != Link::Up {
+            return None;
+        }
+        let chunk = match lane {
+            Lane::Control => None,
+            Lane::Urgent => self.urgent_chunk(),
+            Lane::Freeze => self.freeze_chunk(),
+            Lane::Bulk => self.bulk_chunk(),
+        };
+        if chunk.is_some() {
+            self.advance(now);
+        }
+        chunk
+    }
+
+    /// When [`SourceInput::Timeout`] is due.
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        if matches!(self.state, State::Idle | State::Finished) {
+            return None;
+        }
+        let patience = self
+            .waits_for_peer()
+            .then(|| self.heard.saturating_add(self.config.patience));
+        let round =
+            (self.state == State::Round && self.pending.is_empty() && self.resend.is_empty())
+                .then(|| self.next_scan());
+        patience.into_iter().chain(round).min()
+    }
+
+    /// Whether the driver should dial the destination (again).
+    pub fn wants_link(&self) -> bool {
+        self.link == Link::Down
+            && matches!(
+                self.state,
+                State::Idle | State::Offered | State::Accepting | State::PostCopy
+            )
+    }
+
+    /// The phase of the session.
+    pub fn phase(&self) -> Phase {
+        match self.state {
+            State::Idle | State::AwaitWelcome | State::AwaitReady => Phase::Negotiation,
+            State::StartTracking
+            | State::Round
+            | State::Scanning
+            | State::Draining
+            | State::Freezing => Phase::PreCopy,
+            State::FinalScan
+            | State::Saving
+            | State::LastScan
+            | State::FreezeCopy
+            | State::Offering
+            | State::Offered => Phase::FreezeCopy,
+            State::Accepting | State::PostCopy => Phase::PostCopy,
+            State::Completing
+            | State::Releasing
+            | State::Declining
+            | State::Thawing
+            | State::Finished => Phase::Done,
+        }
+    }
+
+    /// Figures for the report.
+    pub fn figures(&self) -> &SourceFigures {
+        &self.figures
+    }
+
+    /// What the destination checked, from its `Ready`.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// What went wrong without ending the session.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    fn enter(&mut self, state: State) {
+        self.state = state;
+    }
+
+    fn command(&mut self, command: SourceCommand) {
+        let awaited = match &command {
+            SourceCommand::StartTracking => Some(Awaited::StartTracking),
+            SourceCommand::Scan => Some(Awaited::Scan),
+            SourceCommand::Freeze => Some(Awaited::Freeze),
+            SourceCommand::SaveState => Some(Awaited::SaveState),
+            SourceCommand::Journal(_) => Some(Awaited::Journal),
+            SourceCommand::Thaw => Some(Awaited::Thaw),
+            SourceCommand::Release => Some(Awaited::Release),
+            SourceCommand::Send(_) | SourceCommand::CloseLink { .. } | SourceCommand::Finish(_) => {
+                None
+            }
+        };
+        self.awaited.extend(awaited);
+        self.commands.push_back(command);
+    }
+
+    fn send(&mut self, message: Message) {
+        if self.link != Link::Down {
+            self.command(SourceCommand::Send(message));
+        }
+    }
+
+    /// Whether the answer is the one that is due; another one is the driver's mistake and is not
+    /// acted on.
+    fn answered(&mut self, answer: Awaited) -> bool {
+        let due = self.awaited.front() == Some(&answer);
+        debug_assert!(due, "answer {answer:?} while {:?} are due", self.awaited);
+        if due {
+            self.awaited.pop_front();
+        }
+        due
+    }
+
+    /// Whether the next step is the other side's.
+    fn waits_for_peer(&self) -> bool {
+        matches!(
+            self.state,
+            State::AwaitWelcome
+                | State::AwaitReady
+                | State::Round
+                | State::Draining
+                | State::FreezeCopy
+                | State::Offered
+                | State::PostCopy
+        )
+    }
+
+    /// Ends the session with the guest here. Only before ownership was sent, or once the
+    /// destination has declined.
+    fn end_here(&mut self, outcome: SourceOutcome) {
+        let why = match &outcome {
+            SourceOutcome::Cancelled { reason }
+            | SourceOutcome::NotConverged { reason }
+            | SourceOutcome::Failed { reason } => reason.clone(),
+            SourceOutcome::Refused(refusal) => refusal.to_string(),
+            _ => "the session has ended".into(),
+        };
+        self.send(Message::Cancel { reason: why });
+        self.ending = Some(outcome);
+        if self.touched {
+            self.enter(State::Thawing);
+            self.command(SourceCommand::Thaw);
+        } else {
+            self.finish_ending();
+        }
+    }
+
+    fn finish_ending(&mut self) {
+        if let Some(outcome) = self.ending.take() {
+            self.finish(outcome);
+        }
+    }
+
+    fn finish(&mut self, outcome: SourceOutcome) {
+        self.enter(State::Finished);
+        self.command(SourceCommand::Finish(outcome));
+    }
+
+    /// The destination sent what it may not.
+    fn violation(&mut self, what: &str) {
+        let reason = format!("the destination broke the protocol: {what}");
+        if self.before_offer() {
+            let refusal = Refusal {
+                code: RefusalCode::Protocol,
+                reasons: vec![reason],
+            };
+            self.send(Message::Refuse(refusal.clone()));
+            self.end_here(SourceOutcome::Refused(refusal));
+        } else {
+            self.drop_link(reason);
+        }
+    }
+
+    fn drop_link(&mut self, reason: String) {
+        if self.link != Link::Down {
+            self.command(SourceCommand::CloseLink {
+                reason: reason.clone(),
+            });
+            if self.state == State::Offering {
+                self.withdrawn.get_or_insert(SourceOutcome::Cancelled {
+                    reason: reason.clone(),
+                });
+            }
+            self.warnings.push(reason);
+            self.link_lost();
+        }
+    }
+
+    /// Whether ownership has certainly not left, without anything having been promised.
+    fn before_offer(&self) -> bool {
+        matches!(
+            self.state,
+            State::Idle
+                | State::AwaitWelcome
+                | State::AwaitReady
+                | State::StartTracking
+                | State::Round
+                | State::Scanning
+                | State::Draining
+                | State::Freezing
+                | State::FinalScan
+                | State::Saving
+                | State::LastScan
+                | State::FreezeCopy
+        )
+    }
+
+    fn connected(&mut self, now: Duration) {
+        match self.state {
+            State::Idle => {
+                self.heard = now;
+                self.figures.milestones.connected = Some(now);
+                self.link = Link::Up;
+                self.enter(State::AwaitWelcome);
+                self.hello(false);
+            }
+            State::Offered | State::Accepting | State::PostCopy => {
+                if self.link != Link::Down {
+                    self.link_lost();
+                }
+                self.link = Link::Greeting;
+                self.figures.reconnects += 1;
+                self.hello(true);
+            }
+            _ => {}
+        }
+    }
+
+    fn hello(&mut self, resume: bool) {
+        self.send(Message::Hello {
+            versions: SUPPORTED_VERSIONS.to_vec(),
+            features: self.config.features,
+            software: self.config.software.clone(),
+            session: self.config.session,
+            resume,
+        });
+    }
+
+    fn disconnected(&mut self, _now: Duration, reason: &str) {
+        if self.link == Link::Down && self.state != State::Idle {
+            return;
+        }
+        self.link_lost();
+        let cancelled = SourceOutcome::Cancelled {
+            reason: format!("the link was lost before the handover: {reason}"),
+        };
+        if self.before_offer() {
+            self.end_here(cancelled);
+        } else if self.state == State::Offering {
+            self.withdrawn.get_or_insert(cancelled);
+        }
+    }
+
+    /// Forgets what was in flight; after the freeze it stays to be sent.
+    fn link_lost(&mut self) {
+        self.link = Link::Down;
+        self.estimator.interrupted();
+        self.in_flight_bytes = 0;
+        self.resumed_standing = None;
+        for (_, flight) in std::mem::take(&mut self.flights) {
+            if let (false, Some((region, blocks))) = (flight.applied, flight.contents) {
+                for block in blocks {
+                    if self.behind.contains(region, block) {
+                        self.remaining.insert(region, block);
+                    }
+                }
+            }
+        }
+        self.urgent.clear();
+        self.urgent_set = Blocks::new();
+        self.prefetch.clear();
+        if !self.before_offer() {
+            for (region, block) in std::mem::take(&mut self.resend).iter_blocks() {
+                if self.behind.contains(region, block) {
+                    self.remaining.insert(region, block);
+                }
+            }
+            self.order = PushOrder::new(&self.remaining, &self.heat);
+        }
+    }
+
+    fn cancel(&mut self, reason: String) {
+        if self.before_offer() {
+            self.end_here(SourceOutcome::Cancelled { reason });
+            return;
+        }
+        match self.state {
+            State::Offering => {
+                self.withdrawn
+                    .get_or_insert(SourceOutcome::Cancelled { reason });
+            }
+            State::Offered | State::Accepting | State::PostCopy if self.link == Link::Down => {
+                self.give_up(format!("cancelled while the link was lost: {reason}"));
+            }
+            _ => self.warnings.push(format!(
+                "too late to cancel ({reason}): ownership of the guest has been sent"
+            )),
+        }
+    }
+
+    /// Ends without the other side's word; the guest stays frozen.
+    fn give_up(&mut self, reason: String) {
+        let outcome = if self.state == State::Offered {
+            SourceOutcome::InDoubt { reason }
+        } else {
+            SourceOutcome::Incomplete { reason }
+        };
+        self.finish(outcome);
+    }
+
+    fn timeout(&mut self, now: Duration) {
+        if !self.waits_for_peer() || now < self.heard.saturating_add(self.config.patience) {
+            return;
+        }
+        let reason = format!(
+            "nothing was heard of the destination for {} s",
+            self.config.patience.as_secs()
+        );
+        if self.before_offer() {
+            self.end_here(SourceOutcome::Cancelled { reason });
+        } else {
+            self.give_up(reason);
+        }
+    }
+
+    fn failed(&mut self, now: Duration, error: String) {
+        let Some(command) = self.awaited.pop_front() else {
+            self.warnings.push(error);
+            return;
+        };
+        match (command, self.state) {
+            (Awaited::Journal, _) => self.journal_failed(now, error),
+            (Awaited::Thaw, State::Thawing) => {
+                let before = match self.ending.take() {
+                    Some(SourceOutcome::Cancelled { reason }) => format!(" (after: {reason})"),
+                    _ => String::new(),
+                };
+                self.finish(SourceOutcome::Failed {
+                    reason: format!("the guest could not be thawed: {error}{before}"),
+                });
+            }
+            (Awaited::Release, State::Releasing) => {
+                self.warnings.push(format!(
+                    "the guest has moved, but what is left of it here could not be ended: {error}"
+                ));
+                self.released();
+            }
+            _ if self.before_offer() => {
+                self.end_here(SourceOutcome::Cancelled { reason: error });
+            }
+            _ => self.warnings.push(error),
+        }
+    }
+
+    /// Takes the steps that need no input, only that something has run empty.
+    fn advance(&mut self, now: Duration) {
+        match self.state {
+            State::Round if self.pending.is_empty() && self.resend.is_empty() => {
+                if now >= self.next_scan() {
+                    self.enter(State::Scanning);
+                    self.command(SourceCommand::Scan);
+                }
+            }
+            State::Draining if self.in_flight_bytes <= self.drained() => {
+                self.enter(State::Freezing);
+                self.figures.milestones.freeze = Some(now);
+                self.command(SourceCommand::Freeze);
+            }
+            State::FreezeCopy
+                if self.freeze_pending.is_empty() && self.state_next >= self.state_len =>
+            {
+                self.enter(State::Offering);
+                self.command(SourceCommand::Journal(SourceRecord::HandoverOffered {
+                    session: self.config.session,
+                }));
+            }
+            _ => {}
+        }
+    }
+
+    /// Allots a batch.
+    fn chunk(&mut self, lane: Lane, kind: ChunkKind, body: ChunkBody, may_refer: bool) -> Chunk {
+        let batch = self.next_batch;
+        self.next_batch += 1;
+        let (blocks, bytes) = match &body {
+            ChunkBody::Blocks { blocks, .. } => {
+                let blocks = blocks.len() as u64;
+                (
+                    blocks,
+                    (blocks as f64 * self.estimator.bytes_per_block()) as u64,
+                )
+            }
+            ChunkBody::State { len, .. } => (0, u64::from(*len)),
+        };
+        let contents = match &body {
+            ChunkBody::Blocks { region, blocks } if kind != ChunkKind::PreCopy => {
+                Some((*region, blocks.clone()))
+            }
+            _ => None,
+        };
+        self.figures.count(kind).blocks += blocks;
+        self.figures.count(kind).chunks += 1;
+        self.in_flight_bytes += bytes;
+        self.flights.insert(
+            batch,
+            Flight {
+                bytes,
+                sent: false,
+                applied: false,
+                kind,
+                blocks,
+                contents,
+            },
+        );
+        Chunk {
+            batch,
+            pass: self.pass,
+            lane,
+            body,
+            may_refer,
+        }
+    }
+
+    fn sent(&mut self, batch: u64, bytes: u64) {
+        let Some(flight) = self.flights.get_mut(&batch) else {
+            // Of a link that is gone: it was sent all the same.
+            self.figures.lost_bytes += bytes;
+            return;
+        };
+        if std::mem::replace(&mut flight.sent, true) {
+            return;
+        }
+        let (kind, blocks) = (flight.kind, flight.blocks);
+        if flight.applied {
+            self.flights.remove(&batch);
+        } else {
+            self.in_flight_bytes = self.in_flight_bytes - flight.bytes + bytes;
+            flight.bytes = bytes;
+        }
+        self.figures.count(kind).bytes += bytes;
+        self.estimator.sent(blocks, bytes);
+    }
+
+    /// The bound on the bulk lane, so that a freeze never waits behind a deep queue and the pipe
+    /// never runs empty: 2.5 × bandwidth × RTT.
+    fn in_flight_limit(&self) -> u64 {
+        let product = 2.5 * self.estimator.ceiling() * self.estimator.rtt().as_secs_f64();
+        (product as u64).clamp(
+            self.config.min_in_flight,
+            self.config.max_in_flight.max(self.config.min_in_flight),
+        )
+    }
+
+    fn bulk_has_room(&self) -> bool {
+        self.flights.len() < MAX_FLIGHTS && self.in_flight_bytes < self.in_flight_limit()
+    }
+
+    /// What may still be in flight at the freeze: one bandwidth × delay.
+    fn drained(&self) -> u64 {
+        let product = self.estimator.bandwidth() * self.estimator.rtt().as_secs_f64();
+        (product as u64).max(self.config.min_in_flight / 8)
+    }
+
+    fn offer(&self) -> Offer {
+        Offer {
+            guest: self.guest.clone(),
+            regions: self.regions.clone(),
+            mode: self.config.mode,
+            check_only: self.config.check_only,
+        }
+    }
+
+    fn welcome(&mut self, version: u16) -> bool {
+        let known = SUPPORTED_VERSIONS.contains(&version);
+        if !known {
+            self.violation(&format!(
+                "it chose protocol version {version}, which was not offered (best here: \
+                 {PROTOCOL_VERSION})"
+            ));
+        }
+        known
+    }
+}

@@ -1,0 +1,95 @@
+//! The guest runs at the destination: answering its faults, pushing the rest, and the end.
+
+use std::time::Duration;
+
+use hybridmig_transport::message::Message;
+
+use super::{
+    ChunkBody, ChunkKind, Lane, MAX_PREFETCH, RegionId, SourceMachine, State, URGENT_BLOCKS,
+};
+use crate::plan;
+use crate::session::io::{Chunk, SourceCommand, SourceOutcome, SourceRecord};
+
+impl SourceMachine {
+    pub(super) fn begin_postcopy(&mut self, now: Duration) {
+        self.enter(State::PostCopy);
+        if self.figures.milestones.complete.is_some() {
+            self.complete(now);
+        }
+    }
+
+    /// The guest at the destination waits for this block. It is answered even if it was pushed
+    /// already: the push may wait behind others. Around it, the rest follows on the freeze lane.
+    pub(super) fn requested(&mut self, region: RegionId, block: u32) {
+        self.figures.faults += 1;
+        self.remaining.remove(region, block);
+        if self.urgent_set.insert(region, block) {
+            self.urgent.push_back((region, block));
+        }
+        self.order.faulted(region, block);
+        if self.config.prefetch > 0 {
+            if self.prefetch.len() == MAX_PREFETCH {
+                self.prefetch.pop_front();
+            }
+            // Mostly ahead: guests walk upwards more often than down.
+            let first = block.saturating_sub(self.config.prefetch / 4);
+            let last = block.saturating_add(self.config.prefetch - self.config.prefetch / 4);
+            self.prefetch.push_back((region, first, last));
+        }
+    }
+
+    pub(super) fn urgent_chunk(&mut self) -> Option<Chunk> {
+        if self.flights.len() >= 8 * super::MAX_FLIGHTS {
+            return None;
+        }
+        let (region, first) = self.urgent.pop_front()?;
+        let mut blocks = vec![first];
+        while blocks.len() < URGENT_BLOCKS
+            && self.urgent.front().is_some_and(|(next, _)| *next == region)
+        {
+            blocks.extend(self.urgent.pop_front().map(|(_, block)| block));
+        }
+        for block in &blocks {
+            self.urgent_set.remove(region, *block);
+        }
+        let body = ChunkBody::Blocks { region, blocks };
+        Some(self.chunk(Lane::Urgent, ChunkKind::Urgent, body, false))
+    }
+
+    pub(super) fn prefetch_chunk(&mut self) -> Option<Chunk> {
+        while let Some((region, first, last)) = self.prefetch.pop_front() {
+            let limit = self.config.chunk_blocks.max(1);
+            let blocks = plan::take_range(&mut self.remaining, region, first, last, limit);
+            if !blocks.is_empty() {
+                let body = ChunkBody::Blocks { region, blocks };
+                return Some(self.chunk(Lane::Freeze, ChunkKind::Prefetch, body, false));
+            }
+        }
+        None
+    }
+
+    /// References are off: the running guest changes the copies that they would refer to.
+    pub(super) fn push_chunk(&mut self) -> Option<Chunk> {
+        let limit = self.config.chunk_blocks.max(1);
+        let (region, blocks) = self.order.next(&mut self.remaining, limit)?;
+        let body = ChunkBody::Blocks { region, blocks };
+        Some(self.chunk(Lane::Bulk, ChunkKind::Push, body, false))
+    }
+
+    /// The destination has every block.
+    pub(super) fn complete(&mut self, now: Duration) {
+        self.figures.milestones.complete.get_or_insert(now);
+        self.enter(State::Completing);
+        self.command(SourceCommand::Journal(SourceRecord::Released));
+    }
+
+    pub(super) fn release(&mut self) {
+        self.enter(State::Releasing);
+        self.command(SourceCommand::Release);
+    }
+
+    pub(super) fn released(&mut self) {
+        self.send(Message::Released);
+        self.finish(SourceOutcome::Moved);
+    }
+}
