@@ -237,7 +237,7 @@ impl RoundFigures {
 pub fn fits(target: Duration, rtt: Duration, send_rate: f64) -> u64 {
     let target = target.as_secs_f64();
     let transfer = target - rtt.as_secs_f64() / 2.0 - FIXED_COST.as_secs_f64();
-    (transfer.max(FLOOR_SHARE * target) * send_rate) as u64
+    (transfer.max(FLOOR_SHARE * target) * send_rate).round() as u64
 }
 
 /// What to do after a round.
