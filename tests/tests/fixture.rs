@@ -1,10 +1,15 @@
 //! The fixtures themselves: a guest that boots and ticks, a checker that sees a wrong byte.
 
+use std::fs;
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
+use hybridmig_tests::keeper::Kept;
+use hybridmig_tests::transcript::{Mark, Transcript};
 use hybridmig_tests::vm::PAGE;
-use hybridmig_tests::{Ram, Vm, VmConfig, console};
+use hybridmig_tests::{Ram, Vm, VmConfig, console, vm};
+use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -61,6 +66,95 @@ fn vm_that_waits_for_a_migration_says_nothing() {
     assert!(vm.console().transcript().lines().is_empty());
     assert!(console::one_life(&[vm.console()]).is_err());
     vm.kill().unwrap();
+}
+
+#[test]
+fn vm_moved_by_qemu_itself_lives_one_life() {
+    let config = VmConfig::default();
+    let mut source = Vm::boot(&config).unwrap();
+    let mut destination = Vm::start(&config.incoming("destination")).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let uri = format!("unix:{}", directory.path().join("state").display());
+    let command = json!({ "uri": uri });
+    let incoming = destination.control();
+    incoming
+        .execute("migrate-incoming", command.clone())
+        .unwrap();
+    source.control().execute("stop", json!({})).unwrap();
+    source.control().execute("migrate", command).unwrap();
+    let paused = |vm: &mut Vm, wanted: &str| vm.control().status().unwrap() == wanted;
+    until("the source is done", || paused(&mut source, "postmigrate"));
+    until("the destination is ready", || {
+        paused(&mut destination, "paused")
+    });
+    assert_eq!(vm::differing_pages(&source, &destination).unwrap(), [0; 0]);
+
+    let before = source.console().ticks().len();
+    destination.control().execute("cont", json!({})).unwrap();
+    destination.console().wait_ticks(3, PATIENCE).unwrap();
+    assert_eq!(destination.verify().unwrap().bad, 0);
+    assert_eq!(source.console().ticks().len(), before);
+    let both = [source.console(), destination.console()];
+    console::one_life(&both).unwrap();
+    println!("longest gap {:?}", console::longest_gap(&both));
+
+    // A source that is let go as well is a second life, and must not pass.
+    source.control().execute("cont", json!({})).unwrap();
+    source.console().wait_ticks(3, PATIENCE).unwrap();
+    let both = [source.console(), destination.console()];
+    let error = console::one_life(&both).unwrap_err().to_string();
+    assert!(error.contains("has run twice"), "{error}");
+}
+
+#[test]
+fn children_die_with_a_test_that_is_killed() {
+    let mut test = Command::new(std::env::current_exe().unwrap());
+    test.args(["--exact", "leaves_a_child", "--ignored", "--nocapture"]);
+    test.stdout(Stdio::piped());
+    let mut test = Kept::start("a test", test).unwrap();
+    let said = Transcript::new("a test");
+    said.follow(test.child().stdout.take().unwrap());
+    let line = said.wait(
+        Mark::default(),
+        "process id",
+        |line| line.starts_with("child "),
+        &[],
+        PATIENCE,
+    );
+    let pid: u32 = line.unwrap().text["child ".len()..].parse().unwrap();
+    assert_eq!(command_of(pid).as_deref(), Some("sleep\n"));
+    test.kill().unwrap();
+    // A zombie has no other state before somebody waits for it; it does not run either.
+    until("the child is gone", || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.is_empty() || status.contains("State:\tZ")
+    });
+}
+
+/// Not a test of its own: what [`children_die_with_a_test_that_is_killed`] kills.
+#[test]
+#[ignore = "waits to be killed"]
+fn leaves_a_child() {
+    let mut command = Command::new("sleep");
+    command.arg("600");
+    // Started by a thread that ends at once, which must not be the child's end.
+    let start = std::thread::spawn(|| Kept::start("a child", command).unwrap());
+    let mut child = start.join().unwrap();
+    assert_eq!(child.has_ended().unwrap(), None);
+    println!("\nchild {}", child.pid());
+    child.wait(10 * PATIENCE).unwrap();
+}
+
+fn command_of(pid: u32) -> Option<String> {
+    fs::read_to_string(format!("/proc/{pid}/comm")).ok()
+}
+
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Offset in RAM and number of one of the checker's pages: its number, its first generation, and
