@@ -1,0 +1,271 @@
+//! A UDP port from which links begin. Judges every peer between the end of the handshake and the
+//! first stream, and sees to it that both sides learn why a peer was refused: no `Link` exists
+//! before each side has said, by opening its credit stream, that it accepts the other.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use quinn::VarInt;
+use rustls_pki_types::CertificateDer;
+use tokio::sync::{Mutex, Semaphore, mpsc};
+
+use crate::config::TransportConfig;
+use crate::error::{CloseCode, LinkError, TransportError};
+use crate::identity::Identity;
+use crate::link::credit::{CreditReceiver, CreditSender};
+use crate::link::{Link, Shared};
+use crate::socket;
+use crate::tls;
+use crate::trust::{PeerIdentity, Rejection, Trust};
+
+/// Handshakes under way at once; more are turned away before they cost anything.
+const HANDSHAKES: usize = 16;
+
+/// Opens links as a client, or takes them as a server.
+pub struct Endpoint {
+    quinn: quinn::Endpoint,
+    judge: Arc<Judge>,
+    /// Results of the handshakes of a server.
+    arrivals: Mutex<mpsc::Receiver<Result<Link, TransportError>>>,
+    acceptor: Option<tokio::task::AbortHandle>,
+}
+
+/// What turns a connection into a link.
+struct Judge {
+    trust: Trust,
+    config: TransportConfig,
+}
+
+impl Endpoint {
+    /// Listens on `addr`. Must be called within a tokio runtime.
+    pub fn server(
+        addr: SocketAddr,
+        identity: &Identity,
+        trust: Trust,
+        config: &TransportConfig,
+    ) -> Result<Self, TransportError> {
+        let tls = tls::server(identity).map_err(TransportError::Tls)?;
+        let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
+        server.transport_config(config.quinn());
+        let quinn = open(addr, Some(server))?;
+        let judge = Arc::new(Judge::new(trust, config));
+        let (sender, arrivals) = mpsc::channel(HANDSHAKES);
+        let acceptor = tokio::spawn(accept_all(quinn.clone(), judge.clone(), sender));
+        Ok(Self {
+            quinn,
+            judge,
+            arrivals: Mutex::new(arrivals),
+            acceptor: Some(acceptor.abort_handle()),
+        })
+    }
+
+    /// A client on a port of the system's choice. Must be called within a tokio runtime.
+    pub fn client(
+        identity: &Identity,
+        trust: Trust,
+        config: &TransportConfig,
+    ) -> Result<Self, TransportError> {
+        let tls = tls::client(identity).map_err(TransportError::Tls)?;
+        let mut client = quinn::ClientConfig::new(Arc::new(tls));
+        client.transport_config(config.quinn());
+        // Both families on one socket; hosts without IPv6 have only the other.
+        let mut quinn = open((Ipv6Addr::UNSPECIFIED, 0).into(), None)
+            .or_else(|_| open((Ipv4Addr::UNSPECIFIED, 0).into(), None))?;
+        quinn.set_default_client_config(client);
+        Ok(Self {
+            quinn,
+            judge: Arc::new(Judge::new(trust, config)),
+            arrivals: Mutex::new(mpsc::channel(1).1),
+            acceptor: None,
+        })
+    }
+
+    /// The address it is bound to.
+    pub fn local_addr(&self) -> Result<SocketAddr, TransportError> {
+        self.quinn
+            .local_addr()
+            .map_err(|source| TransportError::Bind {
+                addr: (Ipv6Addr::UNSPECIFIED, 0).into(),
+                source,
+            })
+    }
+
+    /// Connects to a server. Returns when both sides have accepted each other.
+    pub async fn connect(&self, addr: SocketAddr) -> Result<Link, TransportError> {
+        let address = |what: String| TransportError::Address { peer: addr, what };
+        let connecting = self
+            .quinn
+            .connect(addr, tls::SERVER_NAME)
+            .map_err(|error| address(error.to_string()))?;
+        self.judge.admit(addr, connecting).await
+    }
+
+    /// The next link that a client has opened. An error tells of a peer that was refused, or
+    /// failed otherwise; this can be called again after every error except
+    /// [`TransportError::Closed`]. Cancel-safe.
+    pub async fn accept(&self) -> Result<Link, TransportError> {
+        let mut arrivals = self.arrivals.lock().await;
+        arrivals.recv().await.unwrap_or(Err(TransportError::Closed))
+    }
+
+    /// Closes every link of this endpoint, telling the peers why.
+    pub fn close(&self, code: CloseCode, reason: &str) {
+        self.quinn
+            .close(VarInt::from_u32(code.0), reason.as_bytes());
+    }
+
+    /// Waits until every peer has been told of its link's end, or cannot be.
+    pub async fn wait_idle(&self) {
+        self.quinn.wait_idle().await;
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        // Links that nobody accepted go with the channel; those that were taken live on.
+        if let Some(acceptor) = &self.acceptor {
+            acceptor.abort();
+        }
+    }
+}
+
+fn open(
+    addr: SocketAddr,
+    server: Option<quinn::ServerConfig>,
+) -> Result<quinn::Endpoint, TransportError> {
+    let bind = |source| TransportError::Bind { addr, source };
+    let socket = socket::bind(addr).map_err(bind)?;
+    quinn::Endpoint::new(
+        quinn::EndpointConfig::default(),
+        server,
+        socket,
+        Arc::new(quinn::TokioRuntime),
+    )
+    .map_err(bind)
+}
+
+/// Takes connections until the endpoint is closed. Handshakes run beside each other: one that
+/// stalls holds up nobody.
+async fn accept_all(
+    endpoint: quinn::Endpoint,
+    judge: Arc<Judge>,
+    arrivals: mpsc::Sender<Result<Link, TransportError>>,
+) {
+    let room = Arc::new(Semaphore::new(HANDSHAKES));
+    while let Some(incoming) = endpoint.accept().await {
+        let Ok(permit) = room.clone().try_acquire_owned() else {
+            tracing::warn!(peer = %incoming.remote_address(), "too many handshakes, turned away");
+            incoming.refuse();
+            continue;
+        };
+        let (judge, arrivals) = (judge.clone(), arrivals.clone());
+        tokio::spawn(async move {
+            let peer = incoming.remote_address();
+            let result = match incoming.accept() {
+                Ok(connecting) => judge.admit(peer, connecting).await,
+                Err(error) => Err(handshake_error(peer, &error)),
+            };
+            // Without a receiver the endpoint is gone, and the link with it.
+            let _unwanted = arrivals.send(result).await;
+            drop(permit);
+        });
+    }
+}
+
+impl Judge {
+    fn new(trust: Trust, config: &TransportConfig) -> Self {
+        Self {
+            trust,
+            config: config.clone(),
+        }
+    }
+
+    /// Completes the handshake, judges the peer, waits for the peer's judgement.
+    async fn admit(
+        &self,
+        addr: SocketAddr,
+        connecting: quinn::Connecting,
+    ) -> Result<Link, TransportError> {
+        let after = self.config.connect_timeout;
+        tokio::time::timeout(after, self.admit_untimed(addr, connecting))
+            .await
+            .unwrap_or(Err(TransportError::Unreachable { peer: addr, after }))
+    }
+
+    async fn admit_untimed(
+        &self,
+        addr: SocketAddr,
+        connecting: quinn::Connecting,
+    ) -> Result<Link, TransportError> {
+        let connection = connecting.await.map_err(|error| match error {
+            quinn::ConnectionError::TimedOut => TransportError::Unreachable {
+                peer: addr,
+                after: self.config.connect_timeout,
+            },
+            error => handshake_error(addr, &error),
+        })?;
+        let peer = self.judge(addr, &connection)?;
+        let shared = Arc::new(Shared::new(connection, peer, self.config.idle_timeout));
+        let refused = |error| link_error(addr, error);
+        let credit_out = CreditSender::open(&shared, self.config.lane_windows())
+            .await
+            .map_err(refused)?;
+        let credit_in = CreditReceiver::accept(&shared).await.map_err(refused)?;
+        Ok(Link::new(shared, &self.config, credit_out, credit_in))
+    }
+
+    fn judge(
+        &self,
+        addr: SocketAddr,
+        connection: &quinn::Connection,
+    ) -> Result<PeerIdentity, TransportError> {
+        let chain = connection
+            .peer_identity()
+            .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
+            .ok_or(Rejection::NoCertificate);
+        chain
+            .and_then(|chain| self.trust.judge(&chain))
+            .map_err(|rejection| {
+                connection.close(
+                    VarInt::from_u32(CloseCode::UNAUTHORISED.0),
+                    rejection.for_peer().as_bytes(),
+                );
+                TransportError::Stranger {
+                    peer: addr,
+                    fingerprint: rejection.fingerprint(),
+                    reason: rejection.to_string(),
+                }
+            })
+    }
+}
+
+/// What it means when a connection ends before it is a link.
+fn link_error(peer: SocketAddr, error: LinkError) -> TransportError {
+    match error {
+        LinkError::PeerClosed { code, reason, .. } if code == CloseCode::UNAUTHORISED.0 => {
+            TransportError::Refused { peer, reason }
+        }
+        LinkError::TimedOut { after, .. } => TransportError::Unreachable { peer, after },
+        other => TransportError::Handshake {
+            peer,
+            what: other.to_string(),
+        },
+    }
+}
+
+fn handshake_error(peer: SocketAddr, error: &quinn::ConnectionError) -> TransportError {
+    match error {
+        quinn::ConnectionError::ApplicationClosed(close)
+            if close.error_code == VarInt::from_u32(CloseCode::UNAUTHORISED.0) =>
+        {
+            TransportError::Refused {
+                peer,
+                reason: String::from_utf8_lossy(&close.reason).into_owned(),
+            }
+        }
+        other => TransportError::Handshake {
+            peer,
+            what: other.to_string(),
+        },
+    }
+}

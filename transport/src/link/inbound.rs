@@ -1,0 +1,202 @@
+//! The receiving half of a link. Takes every stream off QUIC as it comes, keeps what is complete by
+//! lane, hands out the highest lane first. What it holds is bounded by the credit it has granted;
+//! a peer that sends more has broken the protocol.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+
+use super::credit::{CreditSender, LANES, index};
+use super::{Incoming, Shared, kind};
+use crate::codec::MAX_BATCH;
+use crate::config::{LaneWindows, MAX_STREAMS};
+use crate::error::LinkError;
+use crate::frame::{MAX_MESSAGE, decode_message};
+use crate::lane::Lane;
+
+/// Longest stream that any kind allows, kind byte and all.
+const MAX_STREAM: u64 = (if MAX_MESSAGE > MAX_BATCH {
+    MAX_MESSAGE
+} else {
+    MAX_BATCH
+}) as u64
+    + 1;
+
+/// See the module's text.
+pub(super) struct Inbound {
+    shared: Arc<Shared>,
+    windows: [u64; 3],
+    queues: Mutex<Queues>,
+    arrived: Notify,
+    taken: Notify,
+    /// Bytes held, complete or not.
+    held: AtomicU64,
+    /// Bytes that may be held.
+    limit: u64,
+}
+
+#[derive(Default)]
+struct Queues {
+    waiting: [VecDeque<(u64, Incoming)>; 3],
+    /// Bytes that the application has taken, by lane.
+    taken: [u64; 3],
+}
+
+impl Inbound {
+    pub(super) fn new(shared: Arc<Shared>, windows: LaneWindows) -> Self {
+        Self {
+            shared,
+            windows: windows.to_array(),
+            queues: Mutex::default(),
+            arrived: Notify::new(),
+            taken: Notify::new(),
+            held: AtomicU64::new(0),
+            // Kind bytes are not counted as credit.
+            limit: windows.total() + u64::from(MAX_STREAMS),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queues> {
+        // Whole items are pushed and popped: sound even after a panic elsewhere.
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads every stream of the peer until the link ends.
+    pub(super) async fn accept_streams(self: Arc<Self>) {
+        // The number of tasks is bounded by MAX_STREAMS: QUIC admits no more streams at once.
+        while let Ok(stream) = self.shared.connection.accept_uni().await {
+            let inbound = self.clone();
+            tokio::spawn(async move { inbound.read_stream(stream).await });
+        }
+    }
+
+    /// Grants new credit as the application takes what has arrived.
+    pub(super) async fn grant_credit(self: Arc<Self>, mut credit: CreditSender) {
+        let mut granted = [0_u64; 3];
+        loop {
+            self.taken.notified().await;
+            let taken = self.lock().taken;
+            for (i, lane) in LANES.into_iter().enumerate() {
+                // In steps: an update for every batch would be as many packets.
+                if taken[i] - granted[i] >= self.windows[i] / 16 {
+                    granted[i] = taken[i];
+                    let limit = taken[i] + self.windows[i];
+                    if credit.grant(lane, limit).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The next complete batch or message, of the highest lane that has one.
+    pub(super) async fn next(&self) -> Result<Incoming, LinkError> {
+        loop {
+            let arrived = self.arrived.notified();
+            if let Some(incoming) = self.pop() {
+                return Ok(incoming);
+            }
+            tokio::select! {
+                () = arrived => {}
+                error = self.shared.connection.closed() => {
+                    return self.pop().ok_or_else(|| self.shared.explain(error));
+                }
+            }
+        }
+    }
+
+    fn pop(&self) -> Option<Incoming> {
+        let mut queues = self.lock();
+        let (lane, (len, incoming)) = queues
+            .waiting
+            .iter_mut()
+            .enumerate()
+            .find_map(|(lane, queue)| Some((lane, queue.pop_front()?)))?;
+        queues.taken[lane] += len;
+        let more = queues.waiting.iter().any(|queue| !queue.is_empty());
+        drop(queues);
+        self.held.fetch_sub(len + 1, Ordering::Relaxed);
+        self.taken.notify_one();
+        if more {
+            self.arrived.notify_one();
+        }
+        Some(incoming)
+    }
+
+    async fn read_stream(&self, mut stream: quinn::RecvStream) {
+        let mut bytes = Vec::new();
+        loop {
+            // Out of order: a lost packet holds up neither the stream's memory in QUIC nor its
+            // flow control.
+            match stream.read_chunk(usize::MAX, false).await {
+                Ok(Some(chunk)) => {
+                    if !self.put(&mut bytes, chunk.offset, &chunk.bytes) {
+                        return;
+                    }
+                }
+                Ok(None) => break,
+                Err(quinn::ReadError::Reset(_)) => {
+                    self.shared.violation("it reset a stream");
+                    return;
+                }
+                // The link is gone; what was incomplete is of no use.
+                Err(_) => return,
+            }
+        }
+        match understand(bytes) {
+            Ok((lane, len, incoming)) => {
+                self.lock().waiting[lane].push_back((len, incoming));
+                self.arrived.notify_one();
+            }
+            Err(what) => {
+                self.shared.violation(what);
+            }
+        }
+    }
+
+    /// Copies a piece of a stream to its place; false when the peer has sent too much.
+    fn put(&self, bytes: &mut Vec<u8>, offset: u64, piece: &[u8]) -> bool {
+        let end = offset.saturating_add(piece.len() as u64);
+        if end > MAX_STREAM {
+            self.shared
+                .violation(format!("a stream of more than {MAX_STREAM} bytes"));
+            return false;
+        }
+        let (start, end) = (offset as usize, end as usize);
+        if end > bytes.len() {
+            let grown = (end - bytes.len()) as u64;
+            if self.held.fetch_add(grown, Ordering::Relaxed) + grown > self.limit {
+                self.shared.violation("more was sent than credit was given");
+                return false;
+            }
+            bytes.resize(end, 0);
+        }
+        bytes[start..end].copy_from_slice(piece);
+        true
+    }
+}
+
+/// What a complete stream holds: index of the lane, bytes of credit, contents.
+fn understand(bytes: Vec<u8>) -> Result<(usize, u64, Incoming), String> {
+    let kind = *bytes.first().ok_or("an empty stream")?;
+    let body = Bytes::from(bytes).slice(1..);
+    let lane_of = |base: u8| {
+        let lane = Lane::of_batch(kind.checked_sub(base)?)?;
+        Some((lane, index(lane)?))
+    };
+    let len = body.len() as u64;
+    if let Some((lane, index)) = lane_of(kind::BATCH) {
+        if body.len() > MAX_BATCH {
+            return Err(format!("a batch of {len} bytes"));
+        }
+        return Ok((index, len, Incoming::Batch { lane, bytes: body }));
+    }
+    if let Some((_, index)) = lane_of(kind::MESSAGE) {
+        let message = decode_message(&body).map_err(|error| error.to_string())?;
+        return Ok((index, len, Incoming::Message(message)));
+    }
+    Err(format!("a stream of unknown kind {kind}"))
+}

@@ -1,0 +1,270 @@
+//! One authorised connection: the control stream, batches and short messages on streams of their
+//! own, figures. A `Link` exists only after both sides have accepted each other (see `endpoint`).
+//!
+//! Flow control is per lane: the receiver grants each lane a window of bytes that its application
+//! has not taken yet, and takes everything off QUIC at once. So QUIC's own windows, which all
+//! lanes share, never stop anything, and a lane whose receiver is slow holds up no other.
+
+mod control;
+pub(crate) mod credit;
+mod inbound;
+mod outbound;
+mod stats;
+
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use quinn::VarInt;
+
+pub use control::{ControlReceiver, ControlSender};
+pub use stats::LinkStats;
+
+use crate::config::TransportConfig;
+use crate::congestion::Congestion;
+use crate::error::{CloseCode, LinkError};
+use crate::lane::Lane;
+use crate::message::Message;
+use crate::trust::PeerIdentity;
+use credit::{CreditReceiver, CreditSender};
+use inbound::Inbound;
+use outbound::Outbound;
+
+/// First byte of a unidirectional stream.
+pub(crate) mod kind {
+    /// Lane windows and credit, for the life of the connection.
+    pub(crate) const CREDIT: u8 = 1;
+    /// One message; the lane's number is added.
+    pub(crate) const MESSAGE: u8 = 8;
+    /// One batch; the lane's number is added.
+    pub(crate) const BATCH: u8 = 16;
+}
+
+/// What arrives on streams of its own.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Incoming {
+    /// A batch of blocks, to be decoded.
+    Batch {
+        /// The lane it came on.
+        lane: Lane,
+        /// The batch.
+        bytes: Bytes,
+    },
+    /// A message.
+    Message(Message),
+}
+
+/// One authorised connection. Clones are the same link. It stays open until it is closed, or lost;
+/// dropping every clone closes it.
+#[derive(Clone)]
+pub struct Link {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    outbound: Outbound,
+    inbound: Arc<Inbound>,
+    stats: stats::Sampler,
+    tasks: Vec<tokio::task::AbortHandle>,
+}
+
+/// What the tasks of a link share with it. They must not keep the link itself alive.
+pub(crate) struct Shared {
+    pub(crate) connection: quinn::Connection,
+    pub(crate) peer: PeerIdentity,
+    pub(crate) idle_timeout: Duration,
+    /// Why this side ended the link, where it did.
+    cause: OnceLock<LinkError>,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        connection: quinn::Connection,
+        peer: PeerIdentity,
+        idle_timeout: Duration,
+    ) -> Self {
+        Self {
+            connection,
+            peer,
+            idle_timeout,
+            cause: OnceLock::new(),
+        }
+    }
+
+    pub(crate) fn addr(&self) -> SocketAddr {
+        self.connection.remote_address()
+    }
+
+    /// Closes the link because the peer broke the protocol.
+    pub(crate) fn violation(&self, what: impl Into<String>) -> LinkError {
+        let what = what.into();
+        let error = LinkError::Protocol {
+            peer: self.addr(),
+            what: what.clone(),
+        };
+        self.close_with(CloseCode::PROTOCOL.0, &what, error);
+        self.error()
+    }
+
+    fn close_with(&self, code: u32, reason: &str, cause: LinkError) {
+        if self.connection.close_reason().is_none() && self.cause.set(cause).is_ok() {
+            let reason = truncated(reason);
+            self.connection
+                .close(VarInt::from_u32(code), reason.as_bytes());
+        }
+    }
+
+    /// Why the link is no more. Falls back to a general answer on a link that is up.
+    pub(crate) fn error(&self) -> LinkError {
+        match self.connection.close_reason() {
+            Some(reason) => self.explain(reason),
+            None => LinkError::Lost {
+                peer: self.addr(),
+                what: "a stream ended before its time".to_owned(),
+            },
+        }
+    }
+
+    pub(crate) fn explain(&self, error: quinn::ConnectionError) -> LinkError {
+        use quinn::ConnectionError as E;
+        let peer = self.addr();
+        match error {
+            E::ApplicationClosed(close) => LinkError::PeerClosed {
+                peer,
+                code: u32::try_from(close.error_code.into_inner()).unwrap_or(u32::MAX),
+                reason: String::from_utf8_lossy(&close.reason).into_owned(),
+            },
+            E::TimedOut => LinkError::TimedOut {
+                peer,
+                after: self.idle_timeout,
+            },
+            E::LocallyClosed => self.cause.get().cloned().unwrap_or(LinkError::LocalClosed {
+                reason: "the endpoint was closed".to_owned(),
+            }),
+            other => LinkError::Lost {
+                peer,
+                what: other.to_string(),
+            },
+        }
+    }
+}
+
+/// Close reasons must fit one packet.
+fn truncated(reason: &str) -> &str {
+    let mut end = reason.len().min(800);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    &reason[..end]
+}
+
+impl Link {
+    /// Takes over a connection whose peer has been judged, with the credit streams of both sides.
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        config: &TransportConfig,
+        credit_out: CreditSender,
+        credit_in: CreditReceiver,
+    ) -> Self {
+        let outbound = Outbound::new(shared.clone(), credit_in.windows, config.rate_limit);
+        let inbound = Arc::new(Inbound::new(shared.clone(), config.lane_windows()));
+        let tasks = vec![
+            tokio::spawn(outbound.clone().follow_credit(credit_in)).abort_handle(),
+            tokio::spawn(inbound.clone().accept_streams()).abort_handle(),
+            tokio::spawn(inbound.clone().grant_credit(credit_out)).abort_handle(),
+        ];
+        let adaptive = config.congestion == Congestion::Adaptive;
+        Self {
+            inner: Arc::new(Inner {
+                stats: stats::Sampler::new(adaptive),
+                shared,
+                outbound,
+                inbound,
+                tasks,
+            }),
+        }
+    }
+
+    /// Opens the control stream. Only the client does, once.
+    pub async fn open_control(&self) -> Result<(ControlSender, ControlReceiver), LinkError> {
+        control::open(self.inner.shared.clone()).await
+    }
+
+    /// Takes the control stream that the client opened. Only the server does, once. Returns with
+    /// the client's first message.
+    pub async fn accept_control(&self) -> Result<(ControlSender, ControlReceiver), LinkError> {
+        control::accept(self.inner.shared.clone()).await
+    }
+
+    /// Sends a batch ([`crate::codec::MAX_BATCH`] bytes at most) on a stream of its own. Waits
+    /// while the lane's share is used up, never for a lower lane; returns when QUIC has the bytes,
+    /// which says nothing about their arrival.
+    pub async fn send_batch(&self, lane: Lane, bytes: Bytes) -> Result<(), LinkError> {
+        self.inner.outbound.send_batch(lane, bytes).await
+    }
+
+    /// Sends a message on a stream of its own, ahead of whatever waits on lower lanes. Messages
+    /// sent like this can overtake each other and those of the control lane.
+    pub async fn send_message(&self, lane: Lane, message: &Message) -> Result<(), LinkError> {
+        self.inner.outbound.send_message(lane, message).await
+    }
+
+    /// The next batch or message that has arrived completely, from the highest lane that has one.
+    /// What came before the link was lost is still delivered.
+    pub async fn next_incoming(&self) -> Result<Incoming, LinkError> {
+        self.inner.inbound.next().await
+    }
+
+    /// Figures of the link.
+    pub fn stats(&self) -> LinkStats {
+        self.inner.stats.sample(&self.inner.shared.connection)
+    }
+
+    /// Who is on the other side.
+    pub fn peer(&self) -> &PeerIdentity {
+        &self.inner.shared.peer
+    }
+
+    /// The other side's address.
+    pub fn peer_addr(&self) -> SocketAddr {
+        self.inner.shared.addr()
+    }
+
+    /// Ends the link at once, telling the peer why. What has not arrived will not.
+    pub fn close(&self, code: CloseCode, reason: &str) {
+        let cause = LinkError::LocalClosed {
+            reason: reason.to_owned(),
+        };
+        self.inner.shared.close_with(code.0, reason, cause);
+    }
+
+    /// Waits until the link is no more; says who ended it and why.
+    pub async fn closed(&self) -> LinkError {
+        let error = self.inner.shared.connection.closed().await;
+        self.inner.shared.explain(error)
+    }
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link")
+            .field("peer", self.peer())
+            .field("addr", &self.peer_addr())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+        let reason = "dropped";
+        let cause = LinkError::LocalClosed {
+            reason: reason.to_owned(),
+        };
+        self.shared.close_with(CloseCode::SHUTDOWN.0, reason, cause);
+    }
+}

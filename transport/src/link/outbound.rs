@@ -1,0 +1,287 @@
+//! The sending half of a link: who may send how much when. A lane waits for its own credit and, if
+//! it is bulk, for the queue in front of the network to be short; nothing else.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::{Notify, oneshot};
+
+use super::credit::{CreditReceiver, LANES, index};
+use super::{Shared, kind};
+use crate::codec::MAX_BATCH;
+use crate::config::{LaneWindows, WINDOW_RESERVE};
+use crate::error::LinkError;
+use crate::frame::encode_message;
+use crate::lane::Lane;
+use crate::message::Message;
+
+/// Streams that a lane may have unacknowledged at once. Together they stay below what the receiver
+/// allows (`MAX_STREAMS`), so that no lane waits for the streams of another.
+const OPEN_STREAMS: u32 = 1024;
+/// Bulk bytes beyond what the network holds that QUIC may have: what is queued there cannot be
+/// taken back, and delays the end of a pass.
+const BULK_AHEAD: u64 = 1 << 20;
+/// QUIC's and UDP's share beside the contents, for the rate limit.
+const OVERHEAD: f64 = 1.05;
+
+/// See the module's text. Clones are the same.
+#[derive(Clone)]
+pub(super) struct Outbound {
+    shared: Arc<Shared>,
+    gates: Arc<[Gate; 3]>,
+    limiter: Option<Arc<Mutex<Limiter>>>,
+}
+
+/// The state of one lane.
+struct Gate {
+    /// Held by the one sender that waits; the others wait for it, in order.
+    turn: tokio::sync::Mutex<()>,
+    state: Mutex<GateState>,
+    changed: Notify,
+}
+
+struct GateState {
+    sent: u64,
+    limit: u64,
+    unacknowledged: u64,
+    open: u32,
+}
+
+impl Gate {
+    fn new(limit: u64) -> Self {
+        Self {
+            turn: tokio::sync::Mutex::new(()),
+            state: Mutex::new(GateState {
+                sent: 0,
+                limit,
+                unacknowledged: 0,
+                open: 0,
+            }),
+            changed: Notify::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        // Plain counters, changed in single steps: they are sound even after a panic elsewhere.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Outbound {
+    pub(super) fn new(shared: Arc<Shared>, windows: LaneWindows, rate_limit: Option<u64>) -> Self {
+        // What the peer's lanes take must fit QUIC's send buffer, or one lane would wait for
+        // another's bytes to be acknowledged.
+        let send_window = windows.total().saturating_add(WINDOW_RESERVE);
+        shared.connection.set_send_window(send_window);
+        Self {
+            shared,
+            gates: Arc::new(windows.to_array().map(Gate::new)),
+            limiter: rate_limit.map(|rate| Arc::new(Mutex::new(Limiter::new(rate as f64)))),
+        }
+    }
+
+    pub(super) async fn send_batch(&self, lane: Lane, bytes: Bytes) -> Result<(), LinkError> {
+        if bytes.len() > MAX_BATCH || bytes.is_empty() {
+            return Err(LinkError::Unsendable(format!(
+                "a batch of {} bytes; 1 to {MAX_BATCH} are allowed",
+                bytes.len()
+            )));
+        }
+        self.send(lane, kind::BATCH, bytes).await
+    }
+
+    pub(super) async fn send_message(
+        &self,
+        lane: Lane,
+        message: &Message,
+    ) -> Result<(), LinkError> {
+        let bytes =
+            encode_message(message).map_err(|error| LinkError::Unsendable(error.to_string()))?;
+        self.send(lane, kind::MESSAGE, bytes.into()).await
+    }
+
+    async fn send(&self, lane: Lane, kind: u8, bytes: Bytes) -> Result<(), LinkError> {
+        let Some(gate) = index(lane) else {
+            return Err(LinkError::Unsendable(
+                "the control lane is a stream of its own; see open_control".to_owned(),
+            ));
+        };
+        self.respect_limit(lane, bytes.len()).await;
+        let pass = self.enter(lane, gate, bytes.len() as u64).await?;
+        let (written, wait) = oneshot::channel();
+        // In a task of its own: a caller that stops waiting must not leave half a batch behind.
+        tokio::spawn(write(
+            self.shared.clone(),
+            lane,
+            kind + lane.to_wire(),
+            bytes,
+            written,
+            pass,
+        ));
+        match wait.await {
+            Ok(result) => result,
+            Err(_) => Err(self.shared.error()),
+        }
+    }
+
+    /// Waits until the lane may send `len` bytes more.
+    async fn enter(&self, lane: Lane, gate: usize, len: u64) -> Result<Pass, LinkError> {
+        let _turn = self.gates[gate].turn.lock().await;
+        loop {
+            let changed = self.gates[gate].changed.notified();
+            if self.try_enter(lane, gate, len) {
+                return Ok(Pass {
+                    gates: self.gates.clone(),
+                    gate,
+                    len,
+                });
+            }
+            tokio::select! {
+                () = changed => {}
+                error = self.shared.connection.closed() => return Err(self.shared.explain(error)),
+            }
+        }
+    }
+
+    fn try_enter(&self, lane: Lane, gate: usize, len: u64) -> bool {
+        let ahead = match lane {
+            // A stream counts until its last lost packet has come again, so that a full network
+            // needs more than its window.
+            Lane::Bulk => self.shared.connection.stats().path.cwnd * 5 / 2 + BULK_AHEAD,
+            _ => u64::MAX,
+        };
+        let mut state = self.gates[gate].lock();
+        let fits = state.sent.saturating_add(len) <= state.limit
+            && state.open < OPEN_STREAMS
+            && (state.unacknowledged == 0 || state.unacknowledged.saturating_add(len) <= ahead);
+        if fits {
+            state.sent += len;
+            state.unacknowledged += len;
+            state.open += 1;
+        }
+        fits
+    }
+
+    async fn respect_limit(&self, lane: Lane, len: usize) {
+        let Some(limiter) = &self.limiter else { return };
+        let lock = || limiter.lock().unwrap_or_else(PoisonError::into_inner);
+        // Demand paging does not wait; what it takes, the others go without.
+        if lane != Lane::Urgent {
+            loop {
+                let wait = lock().wait(Instant::now());
+                if wait.is_zero() {
+                    break;
+                }
+                tokio::time::sleep(wait).await;
+            }
+        }
+        lock().take(len as f64 * OVERHEAD);
+    }
+
+    /// Takes in the peer's credit until the link ends.
+    pub(super) async fn follow_credit(self, mut credit: CreditReceiver) {
+        while let Ok((lane, limit)) = credit.update(&self.shared).await {
+            let gate = &self.gates[index(lane).unwrap_or(LANES.len() - 1)];
+            let mut state = gate.lock();
+            if limit < state.limit {
+                drop(state);
+                self.shared.violation("it took credit back");
+                return;
+            }
+            state.limit = limit;
+            drop(state);
+            gate.changed.notify_one();
+        }
+    }
+}
+
+/// What a stream takes of its lane's shares; gives back on drop what comes back.
+struct Pass {
+    gates: Arc<[Gate; 3]>,
+    gate: usize,
+    len: u64,
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        let gate = &self.gates[self.gate];
+        let mut state = gate.lock();
+        state.unacknowledged -= self.len;
+        state.open -= 1;
+        drop(state);
+        gate.changed.notify_one();
+    }
+}
+
+/// Writes one stream and waits until the peer has all of it.
+async fn write(
+    shared: Arc<Shared>,
+    lane: Lane,
+    kind: u8,
+    bytes: Bytes,
+    written: oneshot::Sender<Result<(), LinkError>>,
+    pass: Pass,
+) {
+    let give = async {
+        let mut stream = shared.connection.open_uni().await.ok()?;
+        stream.set_priority(lane.priority()).ok()?;
+        let mut chunks = [Bytes::copy_from_slice(&[kind]), bytes];
+        stream.write_all_chunks(&mut chunks).await.ok()?;
+        stream.finish().ok()?;
+        Some(stream)
+    };
+    let Some(stream) = give.await else {
+        // Without a connection error, the peer has stopped the stream, which it never may.
+        let error = match shared.connection.close_reason() {
+            Some(reason) => shared.explain(reason),
+            None => shared.violation("it stopped a stream"),
+        };
+        // Nobody to tell is fine: the link's end is told to whoever asks.
+        let _unheard = written.send(Err(error));
+        return;
+    };
+    let _unheard = written.send(Ok(()));
+    // An error means that the link is gone, which everyone learns by themselves.
+    if let Ok(Some(_)) = stream.stopped().await {
+        shared.violation("it stopped a stream");
+    }
+    drop(pass);
+}
+
+/// A token bucket that may go into debt by one batch.
+struct Limiter {
+    rate: f64,
+    tokens: f64,
+    filled: Instant,
+}
+
+impl Limiter {
+    /// Time for which unused tokens are kept.
+    const BURST: f64 = 0.05;
+
+    fn new(rate: f64) -> Self {
+        Self {
+            rate: rate.max(1.0),
+            tokens: 0.0,
+            filled: Instant::now(),
+        }
+    }
+
+    /// Time until something may be sent; zero for now.
+    fn wait(&mut self, now: Instant) -> Duration {
+        let elapsed = now.saturating_duration_since(self.filled).as_secs_f64();
+        self.filled = now;
+        self.tokens = (self.tokens + elapsed * self.rate).min(self.rate * Self::BURST);
+        if self.tokens >= 0.0 {
+            Duration::ZERO
+        } else {
+            // Bounded, because another lane may change the debt meanwhile.
+            Duration::from_secs_f64((-self.tokens / self.rate).clamp(0.000_5, 1.0))
+        }
+    }
+
+    fn take(&mut self, bytes: f64) {
+        self.tokens -= bytes;
+    }
+}

@@ -1,0 +1,112 @@
+//! Figures of a link: from our congestion control where it is in use, from QUIC's counters
+//! otherwise.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::congestion::quic::AdaptiveController;
+
+/// What is known of a link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LinkStats {
+    /// Smoothed round-trip time.
+    pub rtt: Duration,
+    /// Smallest round-trip time seen.
+    pub min_rtt: Duration,
+    /// Estimated bottleneck rate in bytes/s of UDP payload, 0 while unknown. Without our own
+    /// congestion control: what was delivered lately.
+    pub bandwidth: f64,
+    /// Bytes that may be in flight.
+    pub cwnd: u64,
+    /// UDP payload of a packet in bytes.
+    pub mtu: u16,
+    /// Packets sent.
+    pub sent_packets: u64,
+    /// Bytes sent as UDP payload, repeated ones among them.
+    pub sent_bytes: u64,
+    /// Packets that were taken for lost.
+    pub lost_packets: u64,
+    /// Their bytes.
+    pub lost_bytes: u64,
+    /// Bytes received as UDP payload.
+    pub received_bytes: u64,
+    /// Share of bytes lost lately, 0 to 1.
+    pub loss: f64,
+}
+
+/// Turns counters into rates.
+pub(super) struct Sampler {
+    adaptive: bool,
+    last: Mutex<Last>,
+}
+
+struct Last {
+    at: Instant,
+    sent: u64,
+    lost: u64,
+    bandwidth: f64,
+    loss: f64,
+}
+
+/// Shortest time over which a rate means something.
+const SPAN: Duration = Duration::from_millis(200);
+
+impl Sampler {
+    pub(super) fn new(adaptive: bool) -> Self {
+        Self {
+            adaptive,
+            last: Mutex::new(Last {
+                at: Instant::now(),
+                sent: 0,
+                lost: 0,
+                bandwidth: 0.0,
+                loss: 0.0,
+            }),
+        }
+    }
+
+    pub(super) fn sample(&self, connection: &quinn::Connection) -> LinkStats {
+        let stats = connection.stats();
+        let (bandwidth, loss) = self
+            .of_controller(connection)
+            .unwrap_or_else(|| self.of_counters(stats.udp_tx.bytes, stats.path.lost_bytes));
+        LinkStats {
+            rtt: stats.path.rtt,
+            min_rtt: stats.path.min_rtt,
+            bandwidth,
+            cwnd: stats.path.cwnd,
+            mtu: stats.path.current_mtu,
+            sent_packets: stats.path.sent_packets,
+            sent_bytes: stats.udp_tx.bytes,
+            lost_packets: stats.path.lost_packets,
+            lost_bytes: stats.path.lost_bytes,
+            received_bytes: stats.udp_rx.bytes,
+            loss,
+        }
+    }
+
+    fn of_controller(&self, connection: &quinn::Connection) -> Option<(f64, f64)> {
+        if !self.adaptive {
+            return None;
+        }
+        let state = connection.congestion_state().into_any();
+        let controller = state.downcast::<AdaptiveController>().ok()?;
+        Some((controller.core.bandwidth(), controller.core.loss()))
+    }
+
+    fn of_counters(&self, sent: u64, lost: u64) -> (f64, f64) {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let elapsed = last.at.elapsed();
+        if elapsed >= SPAN {
+            let (sent_now, lost_now) = (sent - last.sent, lost.saturating_sub(last.lost));
+            last.bandwidth = sent_now.saturating_sub(lost_now) as f64 / elapsed.as_secs_f64();
+            last.loss = lost_now as f64 / sent_now.max(lost_now).max(1) as f64;
+            last.at = Instant::now();
+            last.sent = sent;
+            last.lost = lost;
+        }
+        (last.bandwidth, last.loss)
+    }
+}
