@@ -22,8 +22,8 @@ main() {
             *) fail "usage: scripts/setup.sh build [test]" ;;
         esac
     done
-    install_packages "$tests" "${packages[@]}"
     check_rust "$tests"
+    install_packages "$tests" "${packages[@]}"
     if [ "$tests" = yes ] && ! cargo nextest --version >/dev/null 2>&1; then
         say "installing cargo-nextest (compiles for some minutes, once)"
         cargo install --locked cargo-nextest
@@ -58,7 +58,7 @@ install_packages() {
     if [ ${#missing[@]} -gt 0 ]; then
         say "installing ${missing[*]}"
         "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-            apt-get -qq install --yes --no-install-recommends "${missing[@]}"
+            apt-get -qq install --yes --no-install-recommends "${missing[@]}" >/dev/null
     fi
     if [ "$tests" = yes ] && ! knows_kernel; then
         fail "apt offers no $KERNEL, which the test guest boots; add Debian's main suite to its sources"

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use hybridmig_tests::keeper::Kept;
 use hybridmig_tests::transcript::{Mark, Transcript};
 use hybridmig_tests::vm::PAGE;
-use hybridmig_tests::{Ram, Vm, VmConfig, console, vm};
+use hybridmig_tests::{HybridmigProcess, Ram, Vm, VmConfig, console, vm};
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -104,6 +105,32 @@ fn vm_moved_by_qemu_itself_lives_one_life() {
     let both = [source.console(), destination.console()];
     let error = console::one_life(&both).unwrap_err().to_string();
     assert!(error.contains("has run twice"), "{error}");
+}
+
+#[test]
+fn process_is_heard_signalled_and_waited_for() {
+    let shell = |script: &str| {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        HybridmigProcess::spawn_command("a shell", command).unwrap()
+    };
+    let mut process = shell("trap 'echo caught >&2; exit 3' TERM; echo ready; while :; do :; done");
+    process.wait_for_stdout("ready", PATIENCE).unwrap();
+    process.signal(Signal::SIGTERM).unwrap();
+    process.wait_for_stderr("caught", PATIENCE).unwrap();
+    assert_eq!(process.wait(PATIENCE).unwrap().code(), Some(3));
+
+    let mut process = shell("echo out; echo err >&2; exit 7");
+    let error = process.succeed(PATIENCE).unwrap_err().to_string();
+    assert!(error.contains("exit status: 7"), "{error}");
+    process.wait_for_stderr("err", PATIENCE).unwrap();
+    let error = process.wait_for_stdout("never", PATIENCE).unwrap_err();
+    assert!(format!("{error:#}").contains("it has ended"), "{error:#}");
+
+    let mut process = shell("exec sleep 600");
+    assert!(process.wait(Duration::from_millis(10)).is_err());
+    process.kill().unwrap();
+    assert!(process.signal(Signal::SIGTERM).is_err());
 }
 
 #[test]
