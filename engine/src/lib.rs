@@ -6,4 +6,8 @@ pub mod driver;
 pub mod guest;
 pub mod journal;
 pub mod plan;
+pub mod report;
 pub mod session;
+
+/// Name and version of this software, as it introduces itself to a peer and in reports.
+pub const SOFTWARE: &str = concat!("hybridmig ", env!("CARGO_PKG_VERSION"));

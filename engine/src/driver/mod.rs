@@ -1,1 +1,197 @@
-//! Thin drivers: they carry between the session machines, the transport and the guest.
+//! Thin drivers: they carry between the session machines, the transport and the guest. What to do
+//! is decided in `session`; nothing here may decide it again.
+
+pub mod destination;
+mod destination_data;
+mod destination_report;
+mod fault_desk;
+mod sampler;
+pub mod source;
+mod source_data;
+mod source_report;
+mod worker;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use hybridmig_transport::error::{CloseCode, TransportError};
+use hybridmig_transport::link::{ControlReceiver, ControlSender, Link};
+use hybridmig_transport::message::Message;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::journal::{Context, Journal, JournalError, Record};
+use crate::session::io::LinkFigures;
+
+/// What stops a driver before there is a session. The guest has not been touched.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    /// No link to the destination.
+    #[error("no link to {target}")]
+    Connect {
+        /// Who was dialed.
+        target: SocketAddr,
+        /// Why it failed.
+        #[source]
+        source: TransportError,
+    },
+    /// Cancelled while dialing.
+    #[error("cancelled before the destination was reached: {reason}")]
+    CancelledEarly {
+        /// The operator's word.
+        reason: String,
+    },
+    /// The compressor could not be set up.
+    #[error("the block encoder could not be set up")]
+    Encoder(#[source] hybridmig_transport::codec::EncodeError),
+    /// No thread could be started.
+    #[error("a thread could not be started")]
+    Thread(#[source] std::io::Error),
+}
+
+/// Control messages that may wait to be sent.
+const CONTROL_DEPTH: usize = 4096;
+
+/// How long the peer is given to take the last messages and close.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// The tasks that serve one link. They end with it, or when this is dropped.
+pub(crate) struct LinkTasks {
+    link: Link,
+    control: Option<mpsc::Sender<Message>>,
+    writer: tokio::task::JoinHandle<()>,
+    tasks: JoinSet<()>,
+    over: Arc<AtomicBool>,
+}
+
+impl LinkTasks {
+    /// Starts reading and writing the control lane. Every message becomes an input, and so does,
+    /// once, the end of the link.
+    pub(crate) fn start<I: Send + 'static>(
+        link: Link,
+        (sender, receiver): (ControlSender, ControlReceiver),
+        inputs: mpsc::Sender<I>,
+        message: impl Fn(Message) -> I + Send + 'static,
+        gone: impl FnOnce(String) -> I + Send + 'static,
+    ) -> Self {
+        let (control, queue) = mpsc::channel(CONTROL_DEPTH);
+        let writer = tokio::spawn(write_control(sender, queue));
+        let mut tasks = JoinSet::new();
+        let over = Arc::new(AtomicBool::new(false));
+        tasks.spawn(read_control(receiver, inputs, message, gone, over.clone()));
+        Self {
+            link,
+            control: Some(control),
+            writer,
+            tasks,
+            over,
+        }
+    }
+
+    /// Runs a task as long as the link.
+    pub(crate) fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(task);
+    }
+
+    /// Whether the link has ended.
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Queues a message for the control lane.
+    pub(crate) fn send(&self, message: Message) {
+        let Some(control) = &self.control else { return };
+        if control.try_send(message).is_err() {
+            // Either the link is going, which the reader reports, or the peer has not read
+            // thousands of messages: then it is as good as gone.
+            self.link.close(
+                CloseCode::PROTOCOL,
+                "the peer does not read its control lane",
+            );
+        }
+    }
+}
+
+impl Drop for LinkTasks {
+    fn drop(&mut self) {
+        self.writer.abort();
+    }
+}
+
+/// Sends what is queued, waits until the peer's transport has all of it (it reads what it has
+/// before it looks at the close), then closes with `reason`.
+pub(crate) async fn say_goodbye(mut tasks: LinkTasks, code: CloseCode, reason: String) {
+    tasks.control.take();
+    // The end of this link is of no interest any more.
+    tasks.tasks.abort_all();
+    match tokio::time::timeout(FAREWELL, &mut tasks.writer).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!("the control lane's task failed: {error}"),
+        Err(_) => tracing::warn!("the peer did not take the last messages within {FAREWELL:?}"),
+    }
+    tasks.link.close(code, &reason);
+}
+
+async fn write_control(mut sender: ControlSender, mut queue: mpsc::Receiver<Message>) {
+    while let Some(message) = queue.recv().await {
+        if let Err(error) = sender.send(&message).await {
+            tracing::debug!("control lane: {error}");
+            return;
+        }
+    }
+    if let Err(error) = sender.finish().await {
+        tracing::debug!("control lane: {error}");
+    }
+}
+
+async fn read_control<I>(
+    mut receiver: ControlReceiver,
+    inputs: mpsc::Sender<I>,
+    message: impl Fn(Message) -> I,
+    gone: impl FnOnce(String) -> I,
+    over: Arc<AtomicBool>,
+) {
+    loop {
+        match receiver.recv().await {
+            Ok(received) => {
+                tracing::trace!(?received, "control");
+                if inputs.send(message(received)).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                over.store(true, Ordering::Release);
+                // The driver is gone only when the session has ended.
+                let _ = inputs.send(gone(source::chain(&error))).await;
+                return;
+            }
+        }
+    }
+}
+
+/// Appends to the session's journal, which begins with its first record.
+pub(crate) fn append<R: Record + Clone>(
+    journal: &mut Option<Journal<R>>,
+    directory: &Path,
+    context: &Context,
+    record: &R,
+) -> Result<(), JournalError> {
+    if journal.is_none() {
+        *journal = Some(Journal::create(directory, context)?);
+    }
+    journal.as_mut().expect("made above").append(record)
+}
+
+/// The transport's figures in the machine's form.
+pub(crate) fn figures(link: &Link) -> LinkFigures {
+    let stats = link.stats();
+    LinkFigures {
+        rtt: stats.rtt,
+        min_rtt: stats.min_rtt,
+        bandwidth: stats.bandwidth,
+        loss: stats.loss,
+    }
+}

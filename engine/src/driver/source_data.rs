@@ -1,0 +1,374 @@
+//! The source's data plane: takes chunks from the machine, reads the guest, encodes, sends. One
+//! thread encodes what is urgent or frozen, another the bulk, so that a page that the guest waits
+//! for never stands behind a bulk batch.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use hybridmig_transport::codec::{BatchHeader, BlockEncoder, CodecStats, EncoderConfig};
+use hybridmig_transport::error::CloseCode;
+use hybridmig_transport::link::{Incoming, Link};
+use hybridmig_transport::message::Message;
+use tokio::sync::{Notify, mpsc};
+
+use super::source::{chain, is_fetch};
+use super::{DriverError, LinkTasks};
+use crate::guest::SourceGuest;
+use crate::session::io::{Chunk, ChunkBody, Lane, Phase, SourceCommand, SourceInput};
+use crate::session::source::{SourceMachine, SourceProgress};
+
+/// Batches that may wait, encoded, for the transport, on each of the two ways. The machine bounds
+/// what is in flight; this only keeps encoder and link from waiting for each other.
+const ENCODED: usize = 4;
+
+/// How long an idle encoder sleeps at the most before it asks the machine again (what the machine
+/// allows may change with time alone).
+const IDLE: Duration = Duration::from_millis(20);
+
+/// What was sent in one phase, by codec.
+#[derive(Clone, Debug, Default)]
+pub struct Traffic {
+    /// Pre-copy.
+    pub pre_copy: CodecStats,
+    /// Freeze set and device state.
+    pub freeze_copy: CodecStats,
+    /// Demand-paged and pushed.
+    pub post_copy: CodecStats,
+}
+
+/// State shared by the driver, the encoding threads and the sending tasks.
+pub struct DataPlane {
+    machine: Mutex<SourceMachine>,
+    changed: Condvar,
+    guest: Arc<dyn SourceGuest>,
+    started: Instant,
+    inputs: mpsc::Sender<SourceInput>,
+    /// Taking a chunk can make the machine want something: the driver is told.
+    nudge: Notify,
+    state: Mutex<Arc<Vec<u8>>>,
+    traffic: Mutex<Traffic>,
+    /// The encoder that knows what was sent: for differences and names.
+    encoder: Mutex<BlockEncoder>,
+    /// Where encoded batches go: the current link's senders.
+    exits: Mutex<Option<Exits>>,
+    /// Every batch made so far has an id below this.
+    made: AtomicU64,
+    stopped: AtomicBool,
+    threads: Mutex<Vec<thread::JoinHandle<()>>>,
+}
+
+#[derive(Clone)]
+struct Exits {
+    front: mpsc::Sender<Encoded>,
+    bulk: mpsc::Sender<Encoded>,
+}
+
+struct Encoded {
+    lane: Lane,
+    batch: u64,
+    bytes: Bytes,
+}
+
+impl DataPlane {
+    /// Starts the encoding threads.
+    pub fn start(
+        machine: SourceMachine,
+        guest: Arc<dyn SourceGuest>,
+        started: Instant,
+        level: i32,
+        inputs: mpsc::Sender<SourceInput>,
+    ) -> Result<Arc<Self>, DriverError> {
+        let config = EncoderConfig {
+            level,
+            ..EncoderConfig::default()
+        };
+        let plane = Arc::new(Self {
+            machine: Mutex::new(machine),
+            changed: Condvar::new(),
+            guest,
+            started,
+            inputs,
+            nudge: Notify::new(),
+            state: Mutex::new(Arc::new(Vec::new())),
+            traffic: Mutex::new(Traffic::default()),
+            encoder: Mutex::new(BlockEncoder::new(config).map_err(DriverError::Encoder)?),
+            exits: Mutex::new(None),
+            made: AtomicU64::new(0),
+            stopped: AtomicBool::new(false),
+            threads: Mutex::new(Vec::new()),
+        });
+        for (name, lanes) in [
+            ("encode-front", &[Lane::Urgent, Lane::Freeze][..]),
+            ("encode-bulk", &[Lane::Bulk][..]),
+        ] {
+            let worker = plane.clone();
+            // For what may refer to nothing: it remembers nothing.
+            let plain = EncoderConfig {
+                features: 0,
+                index_entries: 1,
+                delta_cache_bytes: 0,
+                level,
+            };
+            let plain = BlockEncoder::new(plain).map_err(DriverError::Encoder)?;
+            let thread = thread::Builder::new()
+                .name(name.to_owned())
+                .spawn(move || worker.encode_loop(lanes, plain))
+                .map_err(DriverError::Thread)?;
+            plane.threads.lock().expect("not poisoned").push(thread);
+        }
+        Ok(plane)
+    }
+
+    /// Gives the machine an input and wakes whoever waits for work.
+    pub fn handle(&self, input: SourceInput) {
+        if let SourceInput::Message(Message::Applied { batches, rejected }) = &input {
+            let mut encoder = self.encoder.lock().expect("not poisoned");
+            let made = self.made.load(Ordering::Relaxed);
+            for (first, end) in batches {
+                // A range beyond what was made is the peer's error; the machine judges it.
+                for batch in *first..(*end).min(made) {
+                    encoder.acknowledge(batch);
+                }
+            }
+            for (region, block) in rejected {
+                encoder.reject(*region, *block);
+            }
+        }
+        let now = self.started.elapsed();
+        self.machine().handle(now, input);
+        self.changed.notify_all();
+    }
+
+    /// The machine's next wish.
+    pub fn next_command(&self) -> Option<SourceCommand> {
+        self.machine().poll_command()
+    }
+
+    /// When the machine wants to be woken, since the start.
+    pub fn next_timeout(&self) -> Option<Duration> {
+        self.machine().poll_timeout()
+    }
+
+    /// Completes when the machine may have new wishes.
+    pub async fn nudged(&self) {
+        self.nudge.notified().await;
+    }
+
+    /// Whether the machine has a use for a new link.
+    pub fn wants_link(&self) -> bool {
+        self.machine().wants_link()
+    }
+
+    /// Where it stands.
+    pub fn progress(&self) -> SourceProgress {
+        let now = self.started.elapsed();
+        self.machine().progress(now)
+    }
+
+    /// The machine, for its figures.
+    pub fn machine(&self) -> MutexGuard<'_, SourceMachine> {
+        self.machine.lock().expect("the machine does not panic")
+    }
+
+    /// What was sent so far.
+    pub fn traffic(&self) -> Traffic {
+        self.traffic.lock().expect("not poisoned").clone()
+    }
+
+    /// Keeps the device state to send pieces of it.
+    pub fn keep_state(&self, state: Vec<u8>) -> SourceInput {
+        let saved = SourceInput::StateSaved {
+            len: state.len() as u64,
+            hash: *blake3::hash(&state).as_bytes(),
+        };
+        *self.state.lock().expect("not poisoned") = Arc::new(state);
+        saved
+    }
+
+    /// Sends over this link from now on, until it is gone.
+    pub fn serve(self: Arc<Self>, link: &Link, tasks: &mut LinkTasks) {
+        let (front, front_queue) = mpsc::channel(ENCODED * 4);
+        let (bulk, bulk_queue) = mpsc::channel(ENCODED);
+        *self.exits.lock().expect("not poisoned") = Some(Exits { front, bulk });
+        for queue in [front_queue, bulk_queue] {
+            tasks.spawn(send_loop(link.clone(), queue, self.inputs.clone()));
+        }
+        tasks.spawn(receive_loop(link.clone(), self.inputs.clone()));
+    }
+
+    /// Ends the threads.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        *self.exits.lock().expect("not poisoned") = None;
+        self.changed.notify_all();
+        for thread in self.threads.lock().expect("not poisoned").drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("an encoding thread panicked; see the message above");
+            }
+        }
+    }
+
+    fn stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    fn encode_loop(&self, lanes: &[Lane], mut plain: BlockEncoder) {
+        let mut contents = Vec::new();
+        while let Some((chunk, phase)) = self.next_chunk(lanes) {
+            let lane = chunk.lane;
+            let batch = chunk.batch;
+            match self.encode(&chunk, phase, &mut plain, &mut contents) {
+                Ok(bytes) => self.hand_on(Encoded { lane, batch, bytes }),
+                Err(error) => {
+                    // The receiver is gone only when the session has ended.
+                    let _ = self.inputs.blocking_send(SourceInput::Failed { error });
+                }
+            }
+        }
+    }
+
+    /// Waits for the next chunk of the lanes, the most urgent first.
+    fn next_chunk(&self, lanes: &[Lane]) -> Option<(Chunk, Phase)> {
+        let mut machine = self.machine();
+        loop {
+            if self.stopped() {
+                return None;
+            }
+            let now = self.started.elapsed();
+            for lane in lanes {
+                if let Some(chunk) = machine.poll_chunk(now, *lane) {
+                    let phase = machine.phase();
+                    self.nudge.notify_one();
+                    return Some((chunk, phase));
+                }
+            }
+            machine = self
+                .changed
+                .wait_timeout(machine, IDLE)
+                .expect("the machine does not panic")
+                .0;
+        }
+    }
+
+    fn encode(
+        &self,
+        chunk: &Chunk,
+        phase: Phase,
+        plain: &mut BlockEncoder,
+        contents: &mut Vec<u8>,
+    ) -> Result<Bytes, String> {
+        let header = BatchHeader {
+            id: chunk.batch,
+            pass: chunk.pass,
+            lane: chunk.lane,
+        };
+        let (encoded, stats) = match &chunk.body {
+            ChunkBody::Blocks { region, blocks } => {
+                let info = self
+                    .guest
+                    .regions()
+                    .get(usize::from(region.0))
+                    .ok_or_else(|| format!("{region} does not exist"))?;
+                let size = info.block_size as usize;
+                contents.resize(size * blocks.len(), 0);
+                for (block, buffer) in blocks.iter().zip(contents.chunks_exact_mut(size)) {
+                    self.guest.read(*region, *block, buffer).map_err(|error| {
+                        format!("reading block {block} of {region}: {}", error.chain())
+                    })?;
+                }
+                let block_size = info.block_size;
+                let encoded = if chunk.may_refer {
+                    let mut encoder = self.encoder.lock().expect("not poisoned");
+                    encoder.encode_blocks(header, *region, block_size, blocks, contents, true)
+                } else {
+                    plain.encode_blocks(header, *region, block_size, blocks, contents, false)
+                };
+                let encoded = encoded.map_err(|error| chain(&error))?;
+                (encoded.bytes, encoded.stats)
+            }
+            ChunkBody::State { offset, len } => {
+                let state = self.state.lock().expect("not poisoned").clone();
+                let start = usize::try_from(*offset).map_err(|error| error.to_string())?;
+                let piece = state
+                    .get(start..start + *len as usize)
+                    .ok_or_else(|| format!("the device state has no piece at {offset}+{len}"))?;
+                let encoded = plain
+                    .encode_state(header, *offset, piece)
+                    .map_err(|error| chain(&error))?;
+                (encoded.bytes, encoded.stats)
+            }
+        };
+        self.made.fetch_max(chunk.batch + 1, Ordering::Relaxed);
+        let mut traffic = self.traffic.lock().expect("not poisoned");
+        let counter = match (phase, chunk.lane) {
+            (Phase::Negotiation | Phase::PreCopy, _) => &mut traffic.pre_copy,
+            // What is pushed before the answer to the handover stays behind by the plan.
+            (Phase::FreezeCopy, Lane::Bulk) => &mut traffic.post_copy,
+            (Phase::FreezeCopy, _) => &mut traffic.freeze_copy,
+            (Phase::PostCopy | Phase::Done, _) => &mut traffic.post_copy,
+        };
+        counter.merge(&stats);
+        Ok(encoded)
+    }
+
+    /// Gives a batch to the link. Without a link it is dropped: the machine was told, and asks
+    /// anew for what the destination lacks when there is one again.
+    fn hand_on(&self, encoded: Encoded) {
+        let exits = self.exits.lock().expect("not poisoned").clone();
+        let Some(exits) = exits else { return };
+        let exit = if encoded.lane == Lane::Bulk {
+            exits.bulk
+        } else {
+            exits.front
+        };
+        if exit.blocking_send(encoded).is_err() {
+            tracing::debug!("a batch was dropped with its link");
+        }
+    }
+}
+
+async fn send_loop(
+    link: Link,
+    mut queue: mpsc::Receiver<Encoded>,
+    inputs: mpsc::Sender<SourceInput>,
+) {
+    while let Some(Encoded { lane, batch, bytes }) = queue.recv().await {
+        let len = bytes.len() as u64;
+        // A link that fails is reported by the control task.
+        if link.send_batch(lane, bytes).await.is_err() {
+            return;
+        }
+        if inputs
+            .send(SourceInput::Sent { batch, bytes: len })
+            .await
+            .is_err()
+        {
+            return;
+        }
+    }
+}
+
+async fn receive_loop(link: Link, inputs: mpsc::Sender<SourceInput>) {
+    loop {
+        let input = match link.next_incoming().await {
+            Ok(Incoming::Message(message)) if is_fetch(&message) => SourceInput::Message(message),
+            Ok(_) => {
+                link.close(
+                    CloseCode::PROTOCOL,
+                    "a source takes only fetches outside of the control lane",
+                );
+                return;
+            }
+            Err(error) => {
+                tracing::debug!("no more requests: {}", chain(&error));
+                return;
+            }
+        };
+        if inputs.send(input).await.is_err() {
+            return;
+        }
+    }
+}

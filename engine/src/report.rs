@@ -1,0 +1,304 @@
+//! The report of one run, written by `--json`. `docs/report.md` documents every field; the version
+//! goes up when a field changes its meaning or goes away. Fields may be added within a version.
+
+use std::time::Duration;
+
+use hybridmig_transport::message::{
+    DestinationSummary, GuestDescription, Mode, RegionInfo, ResumeTimings, SessionId,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::agility::Agility;
+pub use crate::journal::Side;
+use crate::session::io::LinkFigures;
+
+/// Version of the report's format.
+pub const REPORT_VERSION: u32 = 1;
+
+/// All that one side knows of a run when it has ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// [`REPORT_VERSION`].
+    pub report_version: u32,
+    /// Who wrote it.
+    pub side: Side,
+    /// `hybridmig X.Y.Z`.
+    pub software: String,
+    /// The other side's software, where it said.
+    pub peer_software: Option<String>,
+    /// Version of the protocol that was spoken.
+    pub protocol_version: Option<u16>,
+    /// The session, 16 hexadecimal digits.
+    pub session: String,
+    /// Seconds since 1970 when the session began, by this host's clock.
+    pub started_unix: f64,
+    /// How it ended: the outcome's name, and what it says.
+    pub outcome: serde_json::Value,
+    /// The guest.
+    pub guest: Option<GuestDescription>,
+    /// Its regions.
+    pub regions: Vec<RegionInfo>,
+    /// How it was moved.
+    pub mode: Option<Mode>,
+    /// Times in seconds.
+    pub times: Times,
+    /// Downtime by its parts, in seconds.
+    pub downtime: Option<Downtime>,
+    /// What was sent (source) or applied (destination), by phase.
+    pub traffic: Vec<PhaseTraffic>,
+    /// Pre-copy rounds (source only).
+    pub rounds: Vec<Round>,
+    /// Demand paging, as the destination saw it.
+    pub faults: Option<Faults>,
+    /// Lost work, PRA, T95.
+    pub agility: Option<Agility>,
+    /// Guest speed, v/v0, by seconds since the freeze (negative: before).
+    pub speed: Vec<(f64, f64)>,
+    /// Where `speed` comes from: `guest` (it counts its own work) or `blocked-time` (share of the
+    /// vCPUs that did not wait for blocks).
+    pub speed_source: Option<String>,
+    /// The link at the end.
+    pub link: Option<Link>,
+    /// The guest's own verification of its contents, where it was asked for.
+    pub verified: Option<Verified>,
+    /// What an operator should know besides.
+    pub notes: Vec<String>,
+}
+
+impl Report {
+    /// A report with nothing in it yet.
+    pub fn new(side: Side, session: SessionId, started_unix: f64) -> Self {
+        Self {
+            report_version: REPORT_VERSION,
+            side,
+            software: crate::SOFTWARE.to_owned(),
+            peer_software: None,
+            protocol_version: None,
+            session: session.to_string(),
+            started_unix,
+            outcome: serde_json::Value::Null,
+            guest: None,
+            regions: Vec::new(),
+            mode: None,
+            times: Times::default(),
+            downtime: None,
+            traffic: Vec::new(),
+            rounds: Vec::new(),
+            faults: None,
+            agility: None,
+            speed: Vec::new(),
+            speed_source: None,
+            link: None,
+            verified: None,
+            notes: Vec::new(),
+        }
+    }
+}
+
+/// Times of a run, in seconds; absent where the run did not get that far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Times {
+    /// Session begun → last block in place and released.
+    pub total: f64,
+    /// Session begun → guest runs at the destination ("remote up time").
+    pub remote_up: Option<f64>,
+    /// Length of the pre-copy phase.
+    pub pre_copy: Option<f64>,
+    /// Guest runs at the destination → last block in place.
+    pub post_copy: Option<f64>,
+}
+
+/// Downtime by its parts, in seconds. Where the two hosts' clocks would have to be compared, half
+/// the smallest round-trip time stands for the way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Downtime {
+    /// Guest stopped → guest runs, as far as the two sides can tell.
+    pub total: f64,
+    /// Stopping the guest.
+    pub stop: f64,
+    /// Final scan for dirty blocks.
+    pub scan: f64,
+    /// Saving the device state.
+    pub save_state: f64,
+    /// First frozen byte handed to the transport → all in place at the destination, the journal
+    /// at the source included.
+    pub transit: f64,
+    /// Discarding stale blocks and arming the pager.
+    pub discard: f64,
+    /// Loading the device state, with the faults it causes.
+    pub load: f64,
+    /// The destination's journal.
+    pub journal: f64,
+    /// Starting the guest.
+    pub resume: f64,
+}
+
+impl Downtime {
+    /// Fills in the destination's parts.
+    pub fn with_resume(mut self, timings: &ResumeTimings) -> Self {
+        let seconds = |us: u64| Duration::from_micros(us).as_secs_f64();
+        self.discard = seconds(timings.discard_us);
+        self.load = seconds(timings.load_us);
+        self.journal = seconds(timings.journal_us);
+        self.resume = seconds(timings.resume_us);
+        self
+    }
+}
+
+/// What moved in one phase.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PhaseTraffic {
+    /// `pre-copy`, `freeze-copy` or `post-copy`.
+    pub phase: String,
+    /// By kind of record.
+    pub codecs: Vec<CodecTraffic>,
+}
+
+/// What moved in one kind of record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodecTraffic {
+    /// `zero`, `named`, `delta`, `zstd`, `raw` or `state`.
+    pub codec: String,
+    /// Blocks (for `state`: pieces).
+    pub blocks: u64,
+    /// Bytes of the blocks themselves.
+    pub plain_bytes: u64,
+    /// Bytes that they took in batches.
+    pub wire_bytes: u64,
+}
+
+/// One round of pre-copy.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Blocks handed out in it.
+    pub blocks: u64,
+    /// Bytes that they took on the wire.
+    pub bytes: u64,
+    /// Blocks found dirty when it ended.
+    pub dirty_after: u64,
+    /// Its length in seconds.
+    pub seconds: f64,
+}
+
+/// Demand paging.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Faults {
+    /// Faults that crossed the network.
+    pub network: u64,
+    /// Faults answered at the destination.
+    pub local: u64,
+    /// Latency of the former: (upper bound in ms, upper bound in units of the smallest RTT, count).
+    pub latency: Vec<(f64, f64, u64)>,
+    /// Median and 99th percentile in ms.
+    pub p50_ms: f64,
+    /// See `p50_ms`.
+    pub p99_ms: f64,
+    /// Sum over threads of the time they waited, in seconds.
+    pub blocked: f64,
+    /// The same by thread.
+    pub blocked_threads: Vec<(String, f64)>,
+}
+
+impl Faults {
+    /// From the destination's summary; `min_rtt` scales the histogram.
+    pub fn from_summary(summary: &DestinationSummary, min_rtt: Duration) -> Self {
+        let rtt_ms = min_rtt.as_secs_f64() * 1e3;
+        let counted: u64 = summary
+            .fault_latency_us
+            .iter()
+            .map(|(_, count)| count)
+            .sum();
+        let quantile = |share: f64| {
+            let wanted = (counted as f64 * share).ceil().max(1.0) as u64;
+            let mut seen = 0;
+            for (bound, count) in &summary.fault_latency_us {
+                seen += count;
+                if seen >= wanted {
+                    return *bound as f64 / 1e3;
+                }
+            }
+            0.0
+        };
+        Self {
+            network: summary.faults,
+            local: summary.local_faults,
+            latency: summary
+                .fault_latency_us
+                .iter()
+                .map(|(bound, count)| {
+                    let ms = *bound as f64 / 1e3;
+                    (ms, if rtt_ms > 0.0 { ms / rtt_ms } else { 0.0 }, *count)
+                })
+                .collect(),
+            p50_ms: quantile(0.5),
+            p99_ms: quantile(0.99),
+            blocked: Duration::from_micros(summary.blocked_us).as_secs_f64(),
+            blocked_threads: summary
+                .blocked_threads
+                .iter()
+                .map(|(name, us)| (name.clone(), Duration::from_micros(*us).as_secs_f64()))
+                .collect(),
+        }
+    }
+}
+
+/// The link, as the transport of this side measured it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Link {
+    /// Smallest round-trip time, in ms.
+    pub min_rtt_ms: f64,
+    /// Smoothed round-trip time at the end, in ms.
+    pub rtt_ms: f64,
+    /// Estimated rate in bytes/s.
+    pub bandwidth: f64,
+    /// Share of packets lost.
+    pub loss: f64,
+    /// Bytes of all UDP payload sent by this side.
+    pub sent_bytes: u64,
+    /// Bytes of all UDP payload received by this side.
+    pub received_bytes: u64,
+    /// Times that the link was lost and came back.
+    pub reconnects: u32,
+}
+
+impl From<LinkFigures> for Link {
+    fn from(figures: LinkFigures) -> Self {
+        Self {
+            min_rtt_ms: figures.min_rtt.as_secs_f64() * 1e3,
+            rtt_ms: figures.rtt.as_secs_f64() * 1e3,
+            bandwidth: figures.bandwidth,
+            loss: figures.loss,
+            sent_bytes: 0,
+            received_bytes: 0,
+            reconnects: 0,
+        }
+    }
+}
+
+/// The guest's own verification.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verified {
+    /// Whether every block was right.
+    pub ok: bool,
+    /// Blocks verified.
+    pub blocks: u64,
+    /// What was wrong.
+    pub error: Option<String>,
+}
+
+impl From<Result<u64, String>> for Verified {
+    fn from(result: Result<u64, String>) -> Self {
+        match result {
+            Ok(blocks) => Self {
+                ok: true,
+                blocks,
+                error: None,
+            },
+            Err(error) => Self {
+                ok: false,
+                blocks: 0,
+                error: Some(error),
+            },
+        }
+    }
+}
