@@ -6,7 +6,8 @@ use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use hybridmig_netem::{Relay, RelayConfig, RelayHandle, RelayStats};
+use hybridmig_netem::relay::MAX_CLIENTS;
+use hybridmig_netem::{LinkSpec, Relay, RelayConfig, RelayHandle, RelayStats};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -186,6 +187,43 @@ fn clients_are_kept_apart() {
     for (i, client) in clients.iter().enumerate() {
         assert_eq!(receive(client, || false).unwrap().0, [i as u8]);
     }
+}
+
+#[test]
+fn one_client_too_many_takes_the_place_of_the_most_silent() {
+    let target = socket();
+    let relay = relay(&target, "");
+    let clients: Vec<_> = (0..=MAX_CLIENTS).map(|_| socket()).collect();
+    let mut peers = Vec::new();
+    for client in &clients {
+        client.send_to(b"hello", relay.local_addr()).unwrap();
+        peers.push(receive(&target, || false).unwrap().1);
+    }
+    // Whoever had to go is a new peer to the target when it speaks again; the last one is not.
+    let last = clients.last().unwrap();
+    last.send_to(b"again", relay.local_addr()).unwrap();
+    assert_eq!(Some(&receive(&target, || false).unwrap().1), peers.last());
+    let mut renewed = 0;
+    for client in &clients[..MAX_CLIENTS] {
+        client.send_to(b"again", relay.local_addr()).unwrap();
+        let (_, from) = receive(&target, || false).unwrap();
+        renewed += usize::from(!peers.contains(&from));
+        target.send_to(b"answer", from).unwrap();
+        assert_eq!(receive(client, || false).unwrap().0, b"answer");
+    }
+    assert!(renewed > 0);
+}
+
+#[test]
+fn refuses_an_address_of_another_machine() {
+    let config = RelayConfig {
+        listen: "192.0.2.1:0".parse().unwrap(),
+        target: "127.0.0.1:1".parse().unwrap(),
+        link: LinkSpec::default(),
+        seed: 0,
+    };
+    let error = Relay::start(config).unwrap_err().to_string();
+    assert!(error.contains("cannot listen on 192.0.2.1:0"), "{error}");
 }
 
 #[test]
