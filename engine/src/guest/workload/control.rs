@@ -3,7 +3,7 @@
 //! replies come in the order of the requests. This file must never decide what a request does.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -29,8 +29,11 @@ pub enum Request {
         /// What the userfaultfd is for.
         purpose: Purpose,
     },
+    /// Keep the one descriptor that comes with this line for the next pager: the map of what is
+    /// missing, which must outlive the pager that writes it.
+    Keep,
     /// Every page is in place and the pager has unregistered: the guest closes its own copy of the
-    /// userfaultfd. Closing it earlier would turn missing pages into zeroes.
+    /// userfaultfd, and what it keeps. Closing it earlier would turn missing pages into zeroes.
     Settled,
     /// Stop all workers between two accesses.
     Freeze {
@@ -71,7 +74,8 @@ pub enum Purpose {
 pub enum Reply {
     /// Answer to [`Request::Describe`].
     Description(Box<Description>),
-    /// Answer to [`Request::Memory`], with three descriptors: userfaultfd, memory, figures.
+    /// Answer to [`Request::Memory`], with three descriptors: userfaultfd, memory, figures; and
+    /// what was given to keep, if anything was.
     Memory {
         /// In the form in which Firecracker tells its page-fault handler.
         mappings: Vec<GuestMapping>,
@@ -169,13 +173,16 @@ pub struct MemoryHandover {
     pub memory: OwnedFd,
     /// The figures page, for [`super::StatsPage::attach`].
     pub stats: OwnedFd,
+    /// What an earlier pager gave to keep.
+    pub kept: Option<OwnedFd>,
     /// Where the guest has its memory.
     pub mappings: Vec<GuestMapping>,
 }
 
-/// A connection to a guest's control socket.
+/// A client of a guest's control socket. One that has lost its connection makes a new one.
 pub struct Control {
-    reader: LineReader,
+    path: PathBuf,
+    reader: Option<LineReader>,
 }
 
 /// Longest wait for an answer that needs no work.
@@ -186,11 +193,15 @@ const VERIFICATION: Duration = Duration::from_secs(600);
 impl Control {
     /// Connects to the guest that listens at `path`.
     pub fn connect(path: &Path) -> Result<Self, ControlError> {
-        let stream = UnixStream::connect(path)
-            .map_err(|error| ControlError::Unreachable(path.to_owned(), error))?;
         Ok(Self {
-            reader: LineReader::new(stream),
+            path: path.to_owned(),
+            reader: Some(open(path)?),
         })
+    }
+
+    /// Where the guest listens.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Connects to a guest that is about to listen, as long as `alive` says that it may come.
@@ -233,15 +244,30 @@ impl Control {
         let Reply::Memory { mappings } = reply else {
             return Err(unexpected(WHAT, &reply));
         };
-        let [uffd, memory, stats] = <[OwnedFd; 3]>::try_from(fds).map_err(|fds| {
-            ControlError::Foreign(WHAT, format!("{} descriptors instead of 3", fds.len()))
-        })?;
-        Ok(MemoryHandover {
-            uffd,
-            memory,
-            stats,
-            mappings,
-        })
+        let count = fds.len();
+        let mut fds = fds.into_iter();
+        match (fds.next(), fds.next(), fds.next(), fds.next()) {
+            (Some(uffd), Some(memory), Some(stats), kept) => Ok(MemoryHandover {
+                uffd,
+                memory,
+                stats,
+                kept,
+                mappings,
+            }),
+            _ => Err(ControlError::Foreign(
+                WHAT,
+                format!("{count} descriptors instead of 3 or 4"),
+            )),
+        }
+    }
+
+    /// [`Request::Keep`].
+    pub fn keep(&mut self, fd: BorrowedFd<'_>) -> Result<(), ControlError> {
+        const WHAT: &str = "keep";
+        match self.ask_with(WHAT, &Request::Keep, &[fd], PROMPT)?.0 {
+            Reply::Done => Ok(()),
+            reply => Err(unexpected(WHAT, &reply)),
+        }
     }
 
     /// [`Request::Settled`].
@@ -315,21 +341,50 @@ impl Control {
         request: &Request,
         patience: Duration,
     ) -> Result<(Reply, Vec<OwnedFd>), ControlError> {
-        let broken = |error| ControlError::Broken(what, error);
-        let stream = self.reader.stream();
-        stream.set_read_timeout(Some(patience)).map_err(broken)?;
-        stream.set_write_timeout(Some(PROMPT)).map_err(broken)?;
-        wire::send(stream, request, &[]).map_err(broken)?;
-        match self.reader.receive() {
-            Ok(Some((Reply::Failed { error }, _))) => Err(ControlError::Refused(what, error)),
-            Ok(Some(reply)) => Ok(reply),
-            Ok(None) => Err(broken(io::ErrorKind::UnexpectedEof.into())),
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                Err(ControlError::Foreign(what, error.to_string()))
-            }
-            Err(error) => Err(broken(error)),
+        self.ask_with(what, request, &[], patience)
+    }
+
+    fn ask_with(
+        &mut self,
+        what: &'static str,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+        patience: Duration,
+    ) -> Result<(Reply, Vec<OwnedFd>), ControlError> {
+        // Taken out for the time of the dialogue: after a failure a late answer to this request
+        // must not pass for the answer to the next one, so that one begins a new connection.
+        let mut reader = match self.reader.take() {
+            Some(reader) => reader,
+            None => open(&self.path)?,
+        };
+        let (reply, fds) = converse(&mut reader, request, fds, patience)
+            .map_err(|error| ControlError::Broken(what, error))?;
+        self.reader = Some(reader);
+        match reply {
+            Reply::Failed { error } => Err(ControlError::Refused(what, error)),
+            reply => Ok((reply, fds)),
         }
     }
+}
+
+fn open(path: &Path) -> Result<LineReader, ControlError> {
+    UnixStream::connect(path)
+        .map(LineReader::new)
+        .map_err(|error| ControlError::Unreachable(path.to_owned(), error))
+}
+
+fn converse(
+    reader: &mut LineReader,
+    request: &Request,
+    fds: &[BorrowedFd<'_>],
+    patience: Duration,
+) -> io::Result<(Reply, Vec<OwnedFd>)> {
+    reader.stream().set_read_timeout(Some(patience))?;
+    reader.stream().set_write_timeout(Some(PROMPT))?;
+    wire::send(reader.stream(), request, fds)?;
+    reader
+        .receive()?
+        .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
 fn unexpected(what: &'static str, reply: &Reply) -> ControlError {

@@ -57,6 +57,8 @@ struct State {
     workers: Option<Arc<Workers>>,
     /// The guest's own copy of the userfaultfd that serves missing pages.
     paging: Option<OwnedFd>,
+    /// What the pager gave to keep for the next one.
+    kept: Option<OwnedFd>,
     /// A request that is under way without the lock.
     busy: Option<&'static str>,
     /// The process ends because it was abandoned.
@@ -94,6 +96,7 @@ impl Service {
                 standing,
                 workers,
                 paging: None,
+                kept: None,
                 busy: None,
                 ending: false,
             }),
@@ -169,8 +172,8 @@ impl Service {
     fn converse(&self, stream: UnixStream) -> io::Result<()> {
         let mut reader = LineReader::new(stream);
         loop {
-            let request = match reader.receive::<Request>() {
-                Ok(Some((request, _))) => request,
+            let (request, given) = match reader.receive::<Request>() {
+                Ok(Some(request)) => request,
                 Ok(None) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     let error = format!("not a request: {error}");
@@ -181,7 +184,7 @@ impl Service {
             };
             let stop = request == Request::Stop;
             let (reply, fds) = self
-                .answer(request)
+                .answer(request, given)
                 .unwrap_or_else(|error| (Reply::Failed { error }, Vec::new()));
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             let sent = wire::send(reader.stream(), &reply, &fds);
@@ -192,13 +195,16 @@ impl Service {
         }
     }
 
-    fn answer(&self, request: Request) -> Answer {
+    fn answer(&self, request: Request, given: Vec<OwnedFd>) -> Answer {
         let done = |result: Result<(), String>| result.map(|()| (Reply::Done, Vec::new()));
         match request {
             Request::Describe => Ok((Reply::Description(Box::new(self.describe())), Vec::new())),
             Request::Memory { purpose } => self.hand_over(purpose),
+            Request::Keep => done(self.keep(given)),
             Request::Settled => {
-                self.lock().paging = None;
+                let mut state = self.lock();
+                state.paging = None;
+                state.kept = None;
                 done(Ok(()))
             }
             Request::Freeze { patience_ms } => {
@@ -272,7 +278,18 @@ impl Service {
         let reply = Reply::Memory {
             mappings: vec![mapping],
         };
-        Ok((reply, vec![uffd, copy(&*self.memory)?, copy(&*self.stats)?]))
+        let mut fds = vec![uffd, copy(&*self.memory)?, copy(&*self.stats)?];
+        if let Some(kept) = &state.kept {
+            fds.push(copy(kept)?);
+        }
+        Ok((reply, fds))
+    }
+
+    fn keep(&self, given: Vec<OwnedFd>) -> Result<(), String> {
+        let [kept] = <[OwnedFd; 1]>::try_from(given)
+            .map_err(|given| format!("{} descriptors were given to keep, not one", given.len()))?;
+        self.lock().kept = Some(kept);
+        Ok(())
     }
 
     fn freeze(&self, patience: Duration) -> Result<(), String> {
