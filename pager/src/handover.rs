@@ -111,6 +111,13 @@ pub fn decode(message: &[u8]) -> Result<Vec<GuestMapping>> {
     let bad = PagerError::BadHandover;
     let mappings: Vec<GuestMapping> = serde_json::from_slice(message)
         .map_err(|error| bad(format!("not a list of mappings: {error}")))?;
+    check(&mappings)?;
+    Ok(mappings)
+}
+
+/// Checks the form of what [`decode`] decodes, for those who get it by other ways.
+pub fn check(mappings: &[GuestMapping]) -> Result<()> {
+    let bad = PagerError::BadHandover;
     if mappings.is_empty() {
         return Err(bad("the list of mappings is empty".into()));
     }
@@ -129,7 +136,7 @@ pub fn decode(message: &[u8]) -> Result<Vec<GuestMapping>> {
     {
         return Err(bad("mappings overlap".into()));
     }
-    Ok(mappings)
+    Ok(())
 }
 
 /// Sends the handover from within the guest's process. Keep a copy of the userfaultfd open

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use hybridmig_pager::handover::GuestMapping;
 use serde::{Deserialize, Serialize};
 
 use super::stats::Stats;
@@ -97,21 +98,6 @@ pub enum Reply {
         /// What failed, on what, what to do about it.
         error: String,
     },
-}
-
-/// One mapping of guest memory in the guest's process, with Firecracker's names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GuestMapping {
-    /// Address of the first byte.
-    pub base_host_virt_addr: u64,
-    /// Length in bytes.
-    pub size: u64,
-    /// Offset in the memory file, in bytes.
-    pub offset: u64,
-    /// Page size in bytes.
-    pub page_size: u64,
-    /// The same number under the older of Firecracker's two names (it has always been in bytes).
-    pub page_size_kib: u64,
 }
 
 /// How a guest stands.
@@ -318,9 +304,21 @@ impl Control {
         }
     }
 
-    /// [`Request::Stop`].
+    /// [`Request::Stop`]. Returns when the process has given its memory back.
     pub fn stop(&mut self) -> Result<(), ControlError> {
-        self.command("stop", &Request::Stop, PROMPT)
+        const WHAT: &str = "stop";
+        self.command(WHAT, &Request::Stop, PROMPT)?;
+        // The connection ends with the process.
+        match self
+            .reader
+            .take()
+            .map(|mut reader| reader.receive::<Reply>())
+        {
+            None | Some(Ok(None)) => Ok(()),
+            Some(Err(error)) if error.kind() == io::ErrorKind::ConnectionReset => Ok(()),
+            Some(Ok(Some((reply, _)))) => Err(unexpected(WHAT, &reply)),
+            Some(Err(error)) => Err(ControlError::Broken(WHAT, error)),
+        }
     }
 
     fn command(

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hybridmig_pager::{
-    Features, MissingMap, PagerError, Placer, PlacerConfig, Region, RegionMemory, Uffd, kernel,
+    Features, MissingMap, Placer, PlacerConfig, Region, RegionMemory, Uffd, kernel,
 };
 use hybridmig_transport::message::{Offer, Refusal, RefusalCode, RegionKind};
 
@@ -22,7 +22,7 @@ use super::options::{GuestOptions, MAX_BYTES, MIN_BYTES};
 use super::stats::StatsPage;
 use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::guest::{
-    BlockedTime, DestinationGuest, FaultAnswer, FaultSink, GuestError, GuestResult,
+    BlockedTime, DestinationGuest, FaultSink, GuestError, GuestResult, paging::PagerSink,
 };
 
 /// The one region of a guest.
@@ -115,7 +115,7 @@ impl WorkloadDestination {
             here.pid,
             vec![here.region.clone()],
             Arc::clone(&here.missing),
-            Arc::new(Sink(faults)),
+            Arc::new(PagerSink(faults)),
             placer_config,
         )?;
         let missing = here.missing.to_bitmap(MEMORY);
@@ -250,7 +250,7 @@ impl DestinationGuest for WorkloadDestination {
             vec![here.region.clone()],
             Arc::clone(&here.missing),
             &[(MEMORY, set_of(written, region))],
-            Arc::new(Sink(faults)),
+            Arc::new(PagerSink(faults)),
             self.placer_config,
         )?;
         *slot = Some(Arc::new(placer));
@@ -295,19 +295,14 @@ impl DestinationGuest for WorkloadDestination {
     }
 
     fn verify(&self) -> Option<Result<u64, String>> {
-        let here = match self.here() {
-            Ok(here) => here,
-            Err(error) => return Some(Err(error.chain())),
-        };
+        if let Err(error) = self.here() {
+            return Some(Err(error.chain()));
+        }
         // A connection of its own: a verification takes time.
-        let result = Control::connect(self.launch.control()).and_then(|mut control| {
-            let pages = control.verify()?;
-            let wrong = here.stats.sample().wrong;
-            Ok((pages, wrong))
-        });
+        let result =
+            Control::connect(self.launch.control()).and_then(|mut control| control.verify());
         Some(match result {
-            Ok((pages, 0)) => Ok(pages),
-            Ok((_, wrong)) => Err(format!("the guest came across {wrong} wrong pages")),
+            Ok(pages) => Ok(pages),
             Err(ControlError::Refused(_, damage)) => Err(damage),
             Err(error) => Err(GuestError::from(error).chain()),
         })
@@ -392,7 +387,9 @@ impl Here {
         if region.0 == MEMORY {
             Ok(&self.memory)
         } else {
-            Err(GuestError::new(format!("an embedded guest has no {region}")))
+            Err(GuestError::new(format!(
+                "an embedded guest has no {region}"
+            )))
         }
     }
 
@@ -410,16 +407,7 @@ impl Here {
                 ..BlockedTime::default()
             };
         };
-        let stats = placer.stats();
-        BlockedTime {
-            total: stats.blocked,
-            threads: stats
-                .threads
-                .into_iter()
-                .map(|thread| (thread.name, thread.blocked))
-                .collect(),
-            parallelism,
-        }
+        BlockedTime::from_pager(placer.stats(), parallelism)
     }
 
     fn end(&self) -> GuestResult<()> {
@@ -428,26 +416,6 @@ impl Here {
             Some(child) => reap(child),
             None => Ok(stopped?),
         }
-    }
-}
-
-/// Tells the engine of the pager's faults.
-struct Sink(Arc<dyn FaultSink>);
-
-impl hybridmig_pager::FaultSink for Sink {
-    fn fault(&self, region: u16, block: u32) -> hybridmig_pager::FaultAnswer {
-        match self.0.fault(RegionId(region), block) {
-            FaultAnswer::Requested => hybridmig_pager::FaultAnswer::Requested,
-            FaultAnswer::Zero => hybridmig_pager::FaultAnswer::Zero,
-        }
-    }
-
-    fn removed(&self, region: u16, first: u32, count: u32) {
-        self.0.removed(RegionId(region), first, count);
-    }
-
-    fn failed(&self, error: PagerError) {
-        self.0.failed(error.into());
     }
 }
 
@@ -494,18 +462,17 @@ fn start(
 
 fn last_words(said: &mut File) -> String {
     let mut text = String::new();
-    match said.rewind().and_then(|()| said.take(2048).read_to_string(&mut text)) {
+    match said
+        .rewind()
+        .and_then(|()| said.take(2048).read_to_string(&mut text))
+    {
         Ok(0) => "nothing".into(),
         Ok(_) => text.trim().into(),
         Err(error) => format!("something that cannot be read ({error})"),
     }
 }
 
-fn take_possession(
-    mut client: Control,
-    child: Option<Child>,
-    bytes: u64,
-) -> GuestResult<Here> {
+fn take_possession(mut client: Control, child: Option<Child>, bytes: u64) -> GuestResult<Here> {
     let prepared = (|| {
         let description = client.describe()?;
         if let Some(child) = &child
@@ -539,14 +506,17 @@ fn take_possession(
         }
     };
     let here = Here::new(&description, client, child, handover)?;
-    lock(&here.control).keep(here.missing.file().as_fd())?;
+    let kept = lock(&here.control).keep(here.missing.file().as_fd());
+    if let Err(error) = kept {
+        here.end()?;
+        return Err(error.into());
+    }
     Ok(here)
 }
 
 /// Waits for a guest process that is about to end, and ends it if it does not.
 fn reap(mut child: Child) -> GuestResult<()> {
-    let failed =
-        |error| GuestError::caused("the guest's process cannot be waited for", error);
+    let failed = |error| GuestError::caused("the guest's process cannot be waited for", error);
     let deadline = Instant::now() + STOP;
     while child.try_wait().map_err(failed)?.is_none() {
         if Instant::now() >= deadline {

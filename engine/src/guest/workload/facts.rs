@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use hybridmig_pager::{Mapping, PAGE_SIZE, PagerError, Region, RegionMemory};
+use hybridmig_pager::handover::{self, GuestMapping};
+use hybridmig_pager::{Mapping, PAGE_SIZE, Region, RegionMemory};
 use hybridmig_transport::message::GuestDescription;
 
-use super::control::{ControlError, FORMAT, GuestMapping};
+use super::control::{ControlError, FORMAT};
 use crate::guest::{GuestError, GuestResult};
 
 /// The kind of guest, as offers name it.
@@ -52,40 +53,23 @@ pub fn mismatches(guest: &GuestDescription) -> Vec<String> {
 
 /// The region of a guest's memory, from what the guest says about its mappings.
 pub fn region(memory: &Arc<RegionMemory>, mappings: &[GuestMapping]) -> GuestResult<Region> {
+    handover::check(mappings)?;
     let page = PAGE_SIZE as u64;
-    let mappings = mappings
+    let mappings: Vec<_> = mappings
         .iter()
-        .map(|mapping| {
-            let GuestMapping {
-                base_host_virt_addr: address,
-                size,
-                offset,
-                ..
-            } = *mapping;
-            let whole = [address, size, offset]
-                .iter()
-                .all(|number| number.is_multiple_of(page));
-            let within = offset
-                .checked_add(size)
-                .is_some_and(|end| end <= memory.len());
-            if !whole || !within || size == 0 || address.checked_add(size).is_none() {
-                return Err(GuestError::new(format!(
-                    "the guest says that it maps {size} bytes from {offset} of its memory at \
-                     {address:#x}, which cannot be"
-                )));
-            }
-            Ok(Mapping {
-                address,
-                first: (offset / page) as u32,
-                count: (size / page) as u32,
-            })
+        .map(|mapping| Mapping {
+            address: mapping.base_host_virt_addr,
+            first: (mapping.offset / page) as u32,
+            count: (mapping.size / page) as u32,
         })
-        .collect::<GuestResult<Vec<_>>>()?;
-    let covered: u64 = mappings.iter().map(Mapping::len).sum();
-    if covered < memory.len() {
-        return Err(GuestError::new(
-            "the guest does not say where it maps all of its memory",
-        ));
+        .collect();
+    let whole = |mapping: &Mapping| mapping.first == 0 && mapping.count == memory.blocks();
+    if mappings.len() != 1 || !mappings.iter().all(whole) {
+        return Err(GuestError::new(format!(
+            "the guest says that it maps its memory as {mappings:?}: one mapping of {} pages is \
+             expected",
+            memory.blocks()
+        )));
     }
     Ok(Region {
         memory: Arc::clone(memory),

@@ -3,9 +3,12 @@
 //!
 //! - what it does: [`profile`] (numbers), [`pattern`] (which page next), [`pages`] (contents),
 //!   [`partition`] (the generation table and the final verification), [`workers`] (threads);
-//! - how it is reached: [`options`], [`process`] ([`run`]), [`service`], [`control`], [`stats`].
+//! - how it is reached: [`options`], [`process`] ([`run`]), [`service`], [`control`], [`stats`];
+//! - what it is to the engine: [`WorkloadSource`], [`WorkloadDestination`].
 
 pub mod control;
+mod destination;
+mod facts;
 mod memory;
 mod options;
 mod pages;
@@ -14,13 +17,16 @@ mod pattern;
 mod process;
 mod profile;
 mod service;
+mod source;
 mod stats;
 mod wire;
 mod workers;
 
+pub use destination::{Launch, WorkloadDestination};
 pub use memory::SharedMemory;
 pub use options::{GuestOptions, MAX_BYTES, MIN_BYTES};
 pub use process::{Ending, GuestProcessError, run};
 pub use profile::{ContentShares, PhaseSpec, Profile, ProfileSpec};
+pub use source::WorkloadSource;
 pub use stats::{MAX_THREADS, Stats, StatsPage};
 pub use workers::Plan;

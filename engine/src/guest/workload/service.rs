@@ -9,15 +9,13 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::mm::UserfaultfdFlags;
+use hybridmig_pager::Uffd;
+use hybridmig_pager::handover::GuestMapping;
 use serde::{Deserialize, Serialize};
 
-use super::control::{
-    Description, FORMAT, GuestMapping, Purpose, Reply, Request, Standing, from_hex, to_hex,
-};
+use super::control::{Description, FORMAT, Purpose, Reply, Request, Standing, from_hex, to_hex};
 use super::memory::SharedMemory;
 use super::options::GuestOptions;
-use super::pages::PAGE;
 use super::process::{Ending, GuestProcessError};
 use super::stats::StatsPage;
 use super::wire::{self, LineReader};
@@ -29,8 +27,6 @@ const MAX_CONNECTIONS: usize = 16;
 const REPLY_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a verification of a running guest waits for the workers.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
-/// `UFFD_USER_MODE_ONLY` of `linux/userfaultfd.h`: what an unprivileged process may have.
-const USER_MODE_ONLY: u32 = 1;
 
 /// What is saved and loaded.
 #[derive(Serialize, Deserialize)]
@@ -268,13 +264,8 @@ impl Service {
             }
         };
         let copy = |fd: &dyn AsFd| fd.as_fd().try_clone_to_owned().map_err(os);
-        let mapping = GuestMapping {
-            base_host_virt_addr: self.memory.address() as u64,
-            size: self.memory.len() as u64,
-            offset: 0,
-            page_size: PAGE as u64,
-            page_size_kib: PAGE as u64,
-        };
+        let len = self.memory.len() as u64;
+        let mapping = GuestMapping::new(self.memory.address() as u64, len, 0, None);
         let reply = Reply::Memory {
             mappings: vec![mapping],
         };
@@ -412,10 +403,8 @@ impl Service {
 }
 
 fn userfaultfd() -> Result<OwnedFd, String> {
-    let flags = UserfaultfdFlags::CLOEXEC
-        | UserfaultfdFlags::NONBLOCK
-        | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
-    // SAFETY: a userfaultfd changes nothing about memory until a range is registered with it.
-    unsafe { rustix::mm::userfaultfd(flags) }
-        .map_err(|error| format!("no userfaultfd: {error}; Linux 5.11 or later is needed"))
+    // One that sees no faults of system calls will do: none of ours touches guest memory.
+    Uffd::for_this_process(true)
+        .map(OwnedFd::from)
+        .map_err(|error| crate::guest::GuestError::from(error).chain())
 }
