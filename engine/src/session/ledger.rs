@@ -39,6 +39,8 @@ pub struct Ledger {
     passes: Vec<Vec<u32>>,
     /// Rejected, and no newer version has come.
     outstanding: Blocks,
+    /// Once the handover is settled: passes below this one belong to what it superseded.
+    floor: u32,
 }
 
 impl Ledger {
@@ -47,6 +49,7 @@ impl Ledger {
         Self {
             passes: regions.iter().map(|r| vec![0; r.blocks as usize]).collect(),
             outstanding: Blocks::new(),
+            floor: 0,
         }
     }
 
@@ -57,7 +60,7 @@ impl Ledger {
         if pass == 0 || pass == REMOVED {
             return Err(LedgerError::Pass(pass));
         }
-        Ok(self.pass(region, block)? < pass)
+        Ok(self.pass(region, block)? < pass && pass >= self.floor)
     }
 
     /// The version of `pass` is in place. True if the block had been rejected before and is
@@ -110,8 +113,10 @@ impl Ledger {
             .collect()
     }
 
-    /// Which blocks of `behind` have not come with `postcopy_pass` or later.
-    pub fn missing_at_handover(&self, behind: &Blocks, postcopy_pass: u32) -> Blocks {
+    /// Which blocks of `behind` have not come with `postcopy_pass` or later. From here on nothing
+    /// older is admitted: everything else of the handover is in place, and the guest may change it.
+    pub fn missing_at_handover(&mut self, behind: &Blocks, postcopy_pass: u32) -> Blocks {
+        self.floor = postcopy_pass;
         behind
             .iter()
             .map(|(region, set)| {
