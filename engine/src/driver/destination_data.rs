@@ -168,7 +168,7 @@ impl ApplyPlane {
         let Stage::Write(ledger) = &*stage else {
             return Err("arming a guest that is not prepared".to_owned());
         };
-        let ledger = ledger.lock().expect("not poisoned");
+        let mut ledger = ledger.lock().expect("not poisoned");
         let missing = ledger.missing_at_handover(behind, postcopy_pass);
         let written = ledger.written();
         drop(ledger);
