@@ -151,8 +151,11 @@ impl History {
         hash: u64,
         keep: bool,
     ) {
-        // An origin that can be named now is worth more than one that may be later.
-        let replace = self.origin(region, hash).is_none();
+        // An origin that can be named now is worth more than one that may be later. This very block
+        // ceases to be one until the batch is acknowledged.
+        let replace = self
+            .origin(region, hash)
+            .is_none_or(|origin| origin == (region, block));
         let sent_before = self.note_latest(region, block, batch);
         if replace {
             let slot = self.origin_slot(hash);
@@ -201,13 +204,16 @@ fn key_of(region: RegionId, block: u32) -> u64 {
 
 /// Contents kept as bases for differences, within a budget of bytes. Blocks that were sent more
 /// than once push out those that were sent once, never the other way: a first pass over a large
-/// guest must not flush what is written again and again.
+/// guest must not flush what is written again and again. Among those sent often only one newcomer
+/// in four pushes another out: passes over a set larger than the budget would otherwise flush each
+/// block just before its turn comes.
 struct Contents {
     kept: HashMap<Key, Kept>,
     once: VecDeque<Key>,
     often: VecDeque<Key>,
     bytes: usize,
     limit: usize,
+    newcomers: u32,
 }
 
 struct Kept {
@@ -225,6 +231,7 @@ impl Contents {
             often: VecDeque::new(),
             bytes: 0,
             limit,
+            newcomers: 0,
         }
     }
 
@@ -282,6 +289,10 @@ impl Contents {
                 self.forget(key);
                 return true;
             }
+        }
+        self.newcomers = self.newcomers.wrapping_add(1);
+        if self.newcomers % 4 != 0 {
+            return false;
         }
         while let Some(key) = self.often.pop_front() {
             if self.kept.get(&key).is_some_and(|kept| kept.often) {

@@ -1,0 +1,99 @@
+//! Links over paths that are not loopback: narrow ones and lossy ones, as a relay makes them.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use hybridmig_transport::{Endpoint, Identity, Incoming, Lane, TransportConfig, Trust};
+use rand::rngs::SmallRng;
+use rand::{Rng as _, SeedableRng as _};
+use tokio::net::UdpSocket;
+
+const LOCALHOST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// A relay between one client and `server`; ends with its runtime. Returns its address and the
+/// number of datagrams that it dropped.
+async fn relay(server: SocketAddr, largest: usize, loss: f64) -> (SocketAddr, Arc<AtomicU64>) {
+    let front = UdpSocket::bind(LOCALHOST).await.unwrap();
+    let back = UdpSocket::bind(LOCALHOST).await.unwrap();
+    let addr = front.local_addr().unwrap();
+    let dropped = Arc::new(AtomicU64::new(0));
+    let count = dropped.clone();
+    tokio::spawn(async move {
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut client = None;
+        let (mut up, mut down) = (vec![0; 65_536], vec![0; 65_536]);
+        loop {
+            let (datagram, socket, to) = tokio::select! {
+                received = front.recv_from(&mut up) => {
+                    let (len, from) = received.unwrap();
+                    client = Some(from);
+                    (&up[..len], &back, server)
+                }
+                received = back.recv_from(&mut down) => {
+                    let (len, _) = received.unwrap();
+                    let Some(client) = client else { continue };
+                    (&down[..len], &front, client)
+                }
+            };
+            if datagram.len() > largest || rng.random_bool(loss) {
+                count.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            socket.send_to(datagram, to).await.unwrap();
+        }
+    });
+    (addr, dropped)
+}
+
+async fn carries(largest: usize, loss: f64, bytes: usize) -> hybridmig_transport::LinkStats {
+    let config = TransportConfig {
+        connect_timeout: Duration::from_secs(30),
+        rtt_hint: Some(Duration::from_millis(5)),
+        ..TransportConfig::default()
+    };
+    let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+    let trust = |identity: &Identity| Trust::new().with_peer(identity.fingerprint());
+    let server = Endpoint::server(LOCALHOST, &bob, trust(&alice), &config).unwrap();
+    let client = Endpoint::client(&alice, trust(&bob), &config).unwrap();
+    let (addr, dropped) = relay(server.local_addr().unwrap(), largest, loss).await;
+    let (at_client, at_server) = tokio::join!(client.connect(addr), server.accept());
+    let (at_client, at_server) = (at_client.unwrap(), at_server.unwrap());
+    let sender = at_client.clone();
+    let sending = tokio::spawn(async move {
+        for number in 0..bytes / 100_000 {
+            let batch = vec![number as u8; 100_000];
+            sender.send_batch(Lane::Bulk, batch.into()).await.unwrap();
+        }
+    });
+    for _ in 0..bytes / 100_000 {
+        match at_server.next_incoming().await.unwrap() {
+            Incoming::Batch { bytes, .. } => {
+                assert_eq!(bytes.len(), 100_000);
+                assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+            }
+            Incoming::Message(other) => panic!("{other:?}"),
+        }
+    }
+    sending.await.unwrap();
+    assert!(dropped.load(Ordering::Relaxed) > 0);
+    at_client.stats()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_path_narrower_than_ethernet_works() {
+    // 1300 bytes: a tunnel in a tunnel. Full packets vanish without a word.
+    let stats = tokio::time::timeout(Duration::from_secs(60), carries(1300, 0.0, 5_000_000))
+        .await
+        .expect("full packets vanish, and so does the link");
+    assert!(stats.mtu <= 1300, "{stats:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lossy_path_works() {
+    let stats = tokio::time::timeout(Duration::from_secs(60), carries(2000, 0.03, 10_000_000))
+        .await
+        .expect("still waiting");
+    assert!(stats.lost_packets > 0, "{stats:?}");
+}
