@@ -20,7 +20,7 @@ pub use console::{Console, Tick, Verified};
 pub use image::{Image, image};
 pub use process::{HybridmigProcess, hybridmig_binary};
 pub use qmp::Qmp;
-pub use vm::{Ram, Vm, VmConfig};
+pub use vm::{Vm, VmConfig};
 
 /// The root of the source tree.
 pub fn source_root() -> &'static Path {

@@ -2,7 +2,7 @@
 //! shared file, a QMP monitor. It adds a second monitor for the fixture itself.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
@@ -27,16 +27,6 @@ pub const PAGE: usize = 4096;
 /// How long a monitor or a console may take to appear; a busy machine starts QEMU slowly.
 const START: Duration = Duration::from_secs(30);
 
-/// Where the guest's RAM is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ram {
-    /// An inherited memfd, named to QEMU as `/proc/self/fd/N`: leaves nothing behind however the
-    /// test ends.
-    Memfd,
-    /// A file on `/dev/shm`, as most users would have it.
-    File,
-}
-
 /// What to start.
 #[derive(Clone, Debug)]
 pub struct VmConfig {
@@ -44,8 +34,6 @@ pub struct VmConfig {
     pub name: String,
     /// RAM in MiB.
     pub memory_mib: u64,
-    /// Where it is.
-    pub ram: Ram,
     /// Virtual CPUs.
     pub cpus: u32,
     /// MiB of it that the checker fills and checks.
@@ -71,7 +59,6 @@ impl Default for VmConfig {
         Self {
             name: "guest".to_owned(),
             memory_mib: 256,
-            ram: Ram::Memfd,
             cpus: 1,
             checked_mib: 64,
             dirty_rate: 8.0,
@@ -190,7 +177,6 @@ pub struct Vm {
     ram: File,
     sockets: Sockets,
     stderr: PathBuf,
-    _shm: Option<TempDir>,
     _directory: TempDir,
 }
 
@@ -201,7 +187,8 @@ impl Vm {
             .prefix("hybridmig-vm-")
             .tempdir()
             .context("no temporary directory")?;
-        let (ram, ram_path, shm) = make_ram(config)?;
+        let ram = make_ram(config)?;
+        let ram_path = PathBuf::from(format!("/proc/self/fd/{}", ram.as_raw_fd()));
         let words = config.command_line(directory.path(), &ram_path)?;
         let stderr = directory.path().join("stderr");
         let (program, arguments) = words.split_first().expect("QEMU is the first word");
@@ -211,9 +198,7 @@ impl Vm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&stderr).context("no file for QEMU's errors")?);
-        if config.ram == Ram::Memfd {
-            inherit(&mut command, &ram);
-        }
+        inherit(&mut command, &ram);
         let mut qemu = Kept::start(&config.name, command)?;
         let sockets = Sockets::within(directory.path());
         let connected = Qmp::connect(&sockets.control, START).and_then(|control| {
@@ -235,7 +220,6 @@ impl Vm {
             ram,
             sockets,
             stderr,
-            _shm: shm,
             _directory: directory,
         };
         if !config.incoming {
@@ -314,33 +298,14 @@ pub fn differing_pages(a: &Vm, b: &Vm) -> Result<Vec<u64>> {
     Ok(differing)
 }
 
-/// RAM, and its name for QEMU.
-fn make_ram(config: &VmConfig) -> Result<(File, PathBuf, Option<TempDir>)> {
-    let bytes = config.memory_mib << 20;
-    let (file, path, directory) = match config.ram {
-        Ram::Memfd => {
-            let fd = memfd_create("hybridmig-test-ram", MFdFlags::MFD_CLOEXEC);
-            let file = File::from(fd.context("no memfd")?);
-            let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-            (file, path, None)
-        }
-        Ram::File => {
-            let directory = tempfile::Builder::new()
-                .prefix("hybridmig-ram-")
-                .tempdir_in("/dev/shm")
-                .context("no directory on /dev/shm")?;
-            let path = directory.path().join("ram");
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .open(&path)
-                .context("no file on /dev/shm")?;
-            (file, path, Some(directory))
-        }
-    };
-    file.set_len(bytes).context("RAM cannot be that long")?;
-    Ok((file, path, directory))
+/// RAM in a memfd: named for QEMU by its number, and gone with the last process that has it.
+fn make_ram(config: &VmConfig) -> Result<File> {
+    let fd = memfd_create("hybridmig-test-ram", MFdFlags::MFD_CLOEXEC);
+    let file = File::from(fd.context("no memfd")?);
+    let length = config.memory_mib << 20;
+    file.set_len(length)
+        .with_context(|| format!("no {length} bytes of RAM"))?;
+    Ok(file)
 }
 
 /// Lets the child have `file` under the same number. The parent's own stays close-on-exec, so no

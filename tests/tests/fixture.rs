@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use hybridmig_tests::keeper::Kept;
 use hybridmig_tests::transcript::{Mark, Transcript};
 use hybridmig_tests::vm::PAGE;
-use hybridmig_tests::{HybridmigProcess, Ram, Vm, VmConfig, console, vm};
+use hybridmig_tests::{HybridmigProcess, Vm, VmConfig, console, vm};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -16,10 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 #[test]
 fn vm_guest_boots_ticks_and_verifies() {
-    let config = VmConfig {
-        ram: Ram::File,
-        ..VmConfig::default()
-    };
+    let config = VmConfig::default();
     let vm = Vm::boot(&config).unwrap();
     vm.console().wait_ticks(5, PATIENCE).unwrap();
     let verified = vm.verify().unwrap();
