@@ -114,11 +114,11 @@ impl Model {
                 let bytes = self.in_flight.len() as u64 * PACKET;
                 self.in_flight.clear();
                 self.controller.on_loss(bytes);
-            } else if next == ack {
+            } else if ack <= next {
                 self.take_ack();
-            } else if next == arrival {
+            } else if arrival <= next {
                 self.arrive();
-            } else if next == timer {
+            } else if timer <= next {
                 self.acknowledge();
             } else {
                 self.send();

@@ -291,7 +291,7 @@ impl Contents {
             }
         }
         self.newcomers = self.newcomers.wrapping_add(1);
-        if self.newcomers % 4 != 0 {
+        if !self.newcomers.is_multiple_of(4) {
             return false;
         }
         while let Some(key) = self.often.pop_front() {
