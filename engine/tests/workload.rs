@@ -175,9 +175,13 @@ fn work_goes_on(done: impl Fn() -> Option<u64>) {
     }
 }
 
-fn move_a_running_guest() {
+fn move_a_running_guest(change: impl FnOnce(&mut GuestOptions)) {
     let directory = tempfile::tempdir().unwrap();
-    let mut guest = Guest::start(directory.path(), "source", |_| {});
+    let mut threads = 0;
+    let mut guest = Guest::start(directory.path(), "source", |options| {
+        change(options);
+        threads = options.threads;
+    });
     let source = WorkloadSource::attach(&guest.control).unwrap();
     let destination = WorkloadDestination::new(
         start_at(directory.path().join("destination")),
@@ -236,7 +240,7 @@ fn move_a_running_guest() {
     missing.remove(REGION, first);
     push(&source, &destination, missing, &faults);
     let blocked = destination.disarm().unwrap();
-    assert_eq!(blocked.parallelism, 2);
+    assert_eq!(blocked.parallelism, threads);
     assert!(blocked.total > Duration::ZERO);
     let named = |(name, _): &(String, Duration)| name.starts_with("worker ");
     assert!(blocked.threads.iter().all(named), "{blocked:?}");
@@ -259,7 +263,16 @@ fn move_a_running_guest() {
 
 #[test]
 fn a_running_guest_is_moved() {
-    move_a_running_guest();
+    move_a_running_guest(|_| {});
+}
+
+#[test]
+fn a_guest_that_writes_as_fast_as_it_can_is_moved() {
+    move_a_running_guest(|options| {
+        options.profile = Profile::Scan;
+        options.threads = 8;
+        options.rate_factor = 0.0;
+    });
 }
 
 /// The same by an unprivileged user, whose guests have a userfaultfd for user-mode faults only.
@@ -267,7 +280,7 @@ fn a_running_guest_is_moved() {
 fn no_privileges_are_needed() {
     const NOBODY: u32 = 65534;
     if !rustix::process::geteuid().is_root() {
-        return move_a_running_guest();
+        return move_a_running_guest(|_| {});
     }
     let status = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "a_running_guest_is_moved"])

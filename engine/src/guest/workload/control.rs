@@ -173,6 +173,8 @@ pub struct Control {
 
 /// Longest wait for an answer that needs no work.
 const PROMPT: Duration = Duration::from_secs(30);
+/// Longest wait for the first answer: a new guest fills its memory before it answers.
+const FILLING: Duration = Duration::from_secs(180);
 /// Longest wait for a verification: 8 GiB on a slow and busy machine.
 const VERIFICATION: Duration = Duration::from_secs(600);
 
@@ -210,7 +212,7 @@ impl Control {
     /// [`Request::Describe`].
     pub fn describe(&mut self) -> Result<Description, ControlError> {
         const WHAT: &str = "describe";
-        match self.ask(WHAT, &Request::Describe, PROMPT)?.0 {
+        match self.ask(WHAT, &Request::Describe, FILLING)?.0 {
             Reply::Description(description) if description.format == FORMAT => Ok(*description),
             Reply::Description(description) => Err(ControlError::Foreign(
                 WHAT,

@@ -2,14 +2,10 @@
 //! taken over by the next pager if one is killed. This file must never let go of the guest while a
 //! page is missing.
 
-use std::ffi::OsString;
-use std::fs::File;
-use std::io::{Read, Seek};
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Child;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use hybridmig_pager::{
     Features, MissingMap, Placer, PlacerConfig, Region, RegionMemory, Uffd, kernel,
@@ -17,8 +13,9 @@ use hybridmig_pager::{
 use hybridmig_transport::message::{Offer, Refusal, RefusalCode, RegionKind};
 
 use super::control::{Control, ControlError, Description, MemoryHandover, Purpose, Standing};
-use super::facts;
-use super::options::{GuestOptions, MAX_BYTES, MIN_BYTES};
+use super::facts::{self, ended};
+use super::launch::{Launch, available_memory, reap, start};
+use super::options::{MAX_BYTES, MIN_BYTES};
 use super::stats::StatsPage;
 use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::guest::{
@@ -27,37 +24,6 @@ use crate::guest::{
 
 /// The one region of a guest.
 const MEMORY: u16 = 0;
-/// How long a guest that was started may take until it answers.
-const START: Duration = Duration::from_secs(20);
-/// How long a guest that was told to stop may take.
-const STOP: Duration = Duration::from_secs(10);
-
-/// Where the guest comes to life.
-#[derive(Clone, Debug)]
-pub enum Launch {
-    /// Start a process for it.
-    Start {
-        /// The program.
-        program: PathBuf,
-        /// Arguments before those of [`GuestOptions::to_args`]; `guest` for `hybridmig` itself.
-        args: Vec<OsString>,
-        /// Where the guest is to listen.
-        control: PathBuf,
-    },
-    /// Use a guest that waits there (`hybridmig guest --incoming`).
-    Waiting {
-        /// Its control socket.
-        control: PathBuf,
-    },
-}
-
-impl Launch {
-    fn control(&self) -> &Path {
-        match self {
-            Self::Start { control, .. } | Self::Waiting { control } => control,
-        }
-    }
-}
 
 /// An embedded guest on the host that it comes to.
 pub struct WorkloadDestination {
@@ -414,61 +380,8 @@ impl Here {
         let stopped = lock(&self.control).stop();
         match lock(&self.child).take() {
             Some(child) => reap(child),
-            None => Ok(stopped?),
+            None => ended(stopped),
         }
-    }
-}
-
-/// Starts a guest process that waits for a state, and connects to it.
-fn start(
-    program: &Path,
-    args: &[OsString],
-    control: &Path,
-    bytes: u64,
-) -> GuestResult<(Control, Child)> {
-    let options = GuestOptions {
-        incoming: true,
-        detach: true,
-        end_when_abandoned: true,
-        ..GuestOptions::new(control, bytes)
-    };
-    let failed = |error: std::io::Error| {
-        GuestError::caused(format!("cannot start {}", program.display()), error)
-    };
-    // A file, not a pipe: the guest outlives this process and may still have something to say.
-    let mut said = tempfile::tempfile().map_err(failed)?;
-    let mut child = Command::new(program)
-        .args(args)
-        .args(options.to_args())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(said.try_clone().map_err(failed)?)
-        .spawn()
-        .map_err(failed)?;
-    // Should another guest listen there, the new one ends and says so.
-    let alive = || matches!(child.try_wait(), Ok(None));
-    match Control::wait(control, START, alive) {
-        Ok(client) => Ok((client, child)),
-        Err(error) => {
-            let said = last_words(&mut said);
-            reap(child)?;
-            Err(GuestError::caused(
-                format!("the guest did not start; it said: {said}"),
-                error,
-            ))
-        }
-    }
-}
-
-fn last_words(said: &mut File) -> String {
-    let mut text = String::new();
-    match said
-        .rewind()
-        .and_then(|()| said.take(2048).read_to_string(&mut text))
-    {
-        Ok(0) => "nothing".into(),
-        Ok(_) => text.trim().into(),
-        Err(error) => format!("something that cannot be read ({error})"),
     }
 }
 
@@ -512,32 +425,6 @@ fn take_possession(mut client: Control, child: Option<Child>, bytes: u64) -> Gue
         return Err(error.into());
     }
     Ok(here)
-}
-
-/// Waits for a guest process that is about to end, and ends it if it does not.
-fn reap(mut child: Child) -> GuestResult<()> {
-    let failed = |error| GuestError::caused("the guest's process cannot be waited for", error);
-    let deadline = Instant::now() + STOP;
-    while child.try_wait().map_err(failed)?.is_none() {
-        if Instant::now() >= deadline {
-            child.kill().map_err(failed)?;
-            child.wait().map_err(failed)?;
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
-}
-
-/// `MemAvailable` in bytes.
-fn available_memory() -> std::io::Result<u64> {
-    std::fs::read_to_string("/proc/meminfo")?
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .and_then(|rest| rest.trim().strip_suffix("kB"))
-        .and_then(|number| number.trim().parse::<u64>().ok())
-        .map(|kib| kib * 1024)
-        .ok_or_else(|| std::io::Error::other("it has no line MemAvailable"))
 }
 
 fn set_of(blocks: &Blocks, region: RegionId) -> BlockSet {

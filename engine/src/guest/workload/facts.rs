@@ -77,6 +77,14 @@ pub fn region(memory: &Arc<RegionMemory>, mappings: &[GuestMapping]) -> GuestRes
     })
 }
 
+/// What telling a guest to stop came to: one that has ended before is as good.
+pub fn ended(stopped: Result<(), ControlError>) -> GuestResult<()> {
+    match stopped {
+        Ok(()) | Err(ControlError::Unreachable(..)) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 impl From<ControlError> for GuestError {
     fn from(error: ControlError) -> Self {
         caused_by(error)

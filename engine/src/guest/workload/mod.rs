@@ -9,6 +9,7 @@
 pub mod control;
 mod destination;
 mod facts;
+mod launch;
 mod memory;
 mod options;
 mod pages;
@@ -22,7 +23,8 @@ mod stats;
 mod wire;
 mod workers;
 
-pub use destination::{Launch, WorkloadDestination};
+pub use destination::WorkloadDestination;
+pub use launch::Launch;
 pub use memory::SharedMemory;
 pub use options::{GuestOptions, MAX_BYTES, MIN_BYTES};
 pub use process::{Ending, GuestProcessError, run};

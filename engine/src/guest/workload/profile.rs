@@ -334,4 +334,41 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn the_documentation_shows_the_same_numbers() {
+        let text = include_str!("../../../../docs/workload.md");
+        let shown = |row: String| assert!(text.contains(&row), "docs/workload.md lacks: {row}");
+        for profile in Profile::ALL {
+            let spec = profile.spec();
+            for phase in spec.phases {
+                let length = match spec.phases.len() {
+                    1 => "for ever".to_string(),
+                    _ => phase.operations.to_string(),
+                };
+                shown(format!(
+                    "| {profile} | {} | {length} | {} | {} % | {} | {} % | {} % from {} % | {} |",
+                    phase.name,
+                    phase.rate,
+                    phase.writes,
+                    phase.writes_per_second(),
+                    phase.sequential,
+                    phase.set_share,
+                    phase.set_start,
+                    phase.zipf
+                ));
+            }
+            let ContentShares {
+                zero,
+                text,
+                duplicate,
+            } = spec.contents;
+            shown(format!(
+                "| {profile} | {zero} % | {text} % | {duplicate} % | {} % | 1/{} of the page | {} pages |",
+                100 - zero - text - duplicate,
+                spec.parts,
+                spec.locality
+            ));
+        }
+    }
 }

@@ -173,7 +173,7 @@ impl SourceGuest for WorkloadSource {
 
     fn release(&self) -> GuestResult<()> {
         lock(&self.tracking).tracker = None;
-        Ok(lock(&self.control).stop()?)
+        facts::ended(lock(&self.control).stop())
     }
 
     fn work_done(&self) -> Option<u64> {
