@@ -174,14 +174,11 @@ mod x86_64 {
 
     fn single_step(tid: Pid, address: u64) -> std::result::Result<Stepped, Failure> {
         ptrace::step(tid, None).map_err(|error| Failure::thread("PTRACE_SINGLESTEP", error))?;
-        let status = match wait(tid)? {
-            Some(status) => status,
-            None => {
-                // The call itself does not block, so the thread is only late: stop it for the
-                // registers' sake.
-                interrupt(tid)?;
-                return Err(Failure::Process("it did not finish a system call".into()));
-            }
+        let Some(status) = wait(tid)? else {
+            // The call itself does not block, so the thread is only late: stop it for the
+            // registers' sake.
+            interrupt(tid)?;
+            return Err(Failure::Process("it did not finish a system call".into()));
         };
         let registers =
             ptrace::getregs(tid).map_err(|error| Failure::thread("PTRACE_GETREGS", error))?;

@@ -29,7 +29,7 @@ mod ranges;
 mod serve;
 mod stats;
 mod track;
-mod uffd;
+pub mod uffd;
 
 pub use error::{PagerError, Result};
 pub use memory::RegionMemory;

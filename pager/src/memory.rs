@@ -282,7 +282,7 @@ mod tests {
     #[test]
     fn zeroing_and_punching_make_holes() {
         let memory = RegionMemory::open(memfd(32), 0, 8 * PAGE, 16 * PAGE).unwrap();
-        memory.write(0, &[9; 16 * PAGE_SIZE]).unwrap();
+        memory.write(0, &vec![9; 16 * PAGE_SIZE]).unwrap();
         memory.zero(2, 3).unwrap();
         memory.zero(15, 1).unwrap();
         memory.punch(&[0, 8, 9].into_iter().collect()).unwrap();
@@ -297,7 +297,7 @@ mod tests {
     #[test]
     fn discarding_keeps_only_what_is_written_and_not_missing() {
         let memory = RegionMemory::open(memfd(8), 0, 0, 8 * PAGE).unwrap();
-        memory.write(0, &[1; 6 * PAGE_SIZE]).unwrap();
+        memory.write(0, &vec![1; 6 * PAGE_SIZE]).unwrap();
         memory
             .discard(&[1, 2, 7].into_iter().collect(), &(1..5).collect())
             .unwrap();

@@ -39,8 +39,8 @@ const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
-/// Runs that one ioctl can return: 24 KiB.
-const RUNS_PER_CALL: usize = 1024;
+/// Runs that one ioctl can return: 12 KiB on the stack.
+const RUNS_PER_CALL: usize = 512;
 
 /// What a scan does with the pages that it finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

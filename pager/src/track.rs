@@ -111,10 +111,15 @@ impl Tracker {
         for region in &self.regions {
             let mut dirty = RoaringBitmap::new();
             for mapping in &region.mappings {
-                self.scan(mapping, &mut dirty)?;
+                if let Err(error) = self.scan(mapping, &mut dirty) {
+                    // An address space that is gone shows as a scan without progress.
+                    self.process.check_alive()?;
+                    return Err(error);
+                }
             }
             report.push(dirty);
         }
+        // Nothing is dirty in a process that has ended: that must not pass for a quiet guest.
         self.process.check_alive()?;
         let mut owed = vec![RoaringBitmap::new(); report.len()];
         if let Some(grace) = &mut book.grace {

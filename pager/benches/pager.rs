@@ -1,0 +1,277 @@
+//! What tracking, placing and fault service cost, on another process's memory. Needs root.
+//!
+//! `fault/raw` is the floor: a handler that reads the fault and copies a constant page.
+//! `fault/local_socket` is a [`Placer`] whose pages come from another thread over a Unix socket:
+//! the goal is a median of at most 25 µs above the floor. Placement is to reach 1 GB/s.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::hint::black_box;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::{Guest, PAGE};
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use hybridmig_pager::uffd::{Event, RawEvent, RegisterMode};
+use hybridmig_pager::{
+    FaultAnswer, FaultSink, Features, MissingMap, PagerError, Placer, PlacerConfig, Settle,
+    Tracker, TrackerConfig, attach,
+};
+use roaring::RoaringBitmap;
+
+const MIB: u32 = 256;
+const TRACKED: u32 = 512 * MIB;
+const PLACED: u32 = 64 * MIB;
+const FAULTS: u32 = 1024;
+
+fn quick(criterion: &mut Criterion, name: &str, run: impl FnOnce(&mut Group)) {
+    let mut group = criterion.benchmark_group(name);
+    group
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_secs(2));
+    run(&mut group);
+    group.finish();
+}
+
+type Group<'a> = criterion::BenchmarkGroup<'a, criterion::measurement::WallTime>;
+
+fn tracking(criterion: &mut Criterion) {
+    let mut guest = Guest::new(TRACKED);
+    guest.ask("fill 1");
+    quick(criterion, "track_512MiB", |group| {
+        let fresh = || {
+            let attached = attach::attach(guest.pid(), attach::Method::Syscall).unwrap();
+            attach::close_in_target(guest.pid(), attached.target_fd).unwrap();
+            attached.uffd.handshake(Features::TRACKING).unwrap();
+            attached.uffd
+        };
+        let start = |uffd| {
+            let regions = vec![guest.region()];
+            Tracker::start(uffd, guest.pid(), regions, TrackerConfig::default())
+                .unwrap()
+                .0
+        };
+        group.bench_function("start", |bencher| {
+            bencher.iter_batched(fresh, start, BatchSize::PerIteration);
+        });
+    });
+    let uffd = guest.attach(Features::TRACKING);
+    let (tracker, _) = Tracker::start(
+        uffd,
+        guest.pid(),
+        vec![guest.region()],
+        TrackerConfig::default(),
+    )
+    .unwrap();
+    quick(criterion, "track_512MiB", |group| {
+        group.bench_function("scan_clean", |bencher| {
+            bencher.iter(|| black_box(tracker.take_dirty(Settle::Running).unwrap()));
+        });
+        let mut seed = 0;
+        group.bench_function("scan_1000_dirty", |bencher| {
+            bencher.iter_batched(
+                || {
+                    seed += 10_000;
+                    guest.ask(&format!("write {seed} 1000"));
+                },
+                |()| black_box(tracker.take_dirty(Settle::Running).unwrap()),
+                BatchSize::PerIteration,
+            );
+        });
+    });
+}
+
+struct Nobody;
+
+impl FaultSink for Nobody {
+    fn fault(&self, _region: u16, _block: u32) -> FaultAnswer {
+        FaultAnswer::Requested
+    }
+
+    fn removed(&self, _region: u16, _first: u32, _count: u32) {}
+
+    fn failed(&self, error: PagerError) {
+        panic!("{error}");
+    }
+}
+
+/// Everything is missing.
+fn arm(guest: &Guest, sink: Arc<dyn FaultSink>) -> Placer {
+    let map = MissingMap::in_memory(&[guest.memory.blocks()]).unwrap();
+    map.insert(0, &(0..guest.memory.blocks()).collect())
+        .unwrap();
+    let attached = attach::attach(guest.pid(), attach::Method::Syscall).unwrap();
+    attach::close_in_target(guest.pid(), attached.target_fd).unwrap();
+    attached.uffd.handshake(Features::PLACING).unwrap();
+    Placer::arm(
+        attached.uffd,
+        guest.pid(),
+        vec![guest.region()],
+        Arc::new(map),
+        &[(0, RoaringBitmap::new())],
+        sink,
+        PlacerConfig::default(),
+    )
+    .unwrap()
+}
+
+fn placing(criterion: &mut Criterion) {
+    let guest = Guest::new(PLACED);
+    let data = vec![7; 64 * PAGE];
+    quick(criterion, "place", |group| {
+        group.throughput(Throughput::Bytes(guest.memory.len()));
+        for pages in [1, 64] {
+            group.bench_function(format!("{}KiB", pages * 4), |bencher| {
+                bencher.iter_custom(|rounds| {
+                    (0..rounds)
+                        .map(|_| {
+                            let placer = arm(&guest, Arc::new(Nobody));
+                            let begun = Instant::now();
+                            for first in (0..PLACED).step_by(pages) {
+                                placer.place(0, first, &data[..pages * PAGE]).unwrap();
+                            }
+                            let took = begun.elapsed();
+                            placer.disarm().unwrap();
+                            took
+                        })
+                        .sum()
+                });
+            });
+        }
+        group.bench_function("before_arming_256KiB", |bencher| {
+            bencher.iter_custom(|rounds| {
+                (0..rounds)
+                    .map(|_| {
+                        guest.memory.zero(0, PLACED).unwrap();
+                        let begun = Instant::now();
+                        for first in (0..PLACED).step_by(64) {
+                            guest.memory.write(first, &data).unwrap();
+                        }
+                        begun.elapsed()
+                    })
+                    .sum()
+            });
+        });
+    });
+}
+
+/// The guest's own median time per touch of a missing page.
+fn touch(guest: &mut Guest) -> Duration {
+    let answer = guest.ask(&format!("touch {FAULTS}"));
+    let (median, _p99) = answer.split_once(' ').unwrap();
+    Duration::from_nanos(median.parse().unwrap())
+}
+
+fn raw_handler(guest: &mut Guest) -> Duration {
+    guest.memory.zero(0, FAULTS).unwrap();
+    let attached = attach::attach(guest.pid(), attach::Method::Syscall).unwrap();
+    attach::close_in_target(guest.pid(), attached.target_fd).unwrap();
+    let uffd = attached.uffd;
+    uffd.handshake(Features::PLACING).unwrap();
+    for map in guest.region().mappings {
+        uffd.register(map.address, map.len(), RegisterMode::Missing)
+            .unwrap();
+    }
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let data = [7; PAGE];
+            let mut events = [RawEvent::default(); 8];
+            let timeout = rustix::time::Timespec {
+                tv_sec: 0,
+                tv_nsec: 20_000_000,
+            };
+            while !stop.load(Ordering::Relaxed) {
+                let mut fds = [rustix::event::PollFd::new(
+                    &uffd,
+                    rustix::event::PollFlags::IN,
+                )];
+                rustix::event::poll(&mut fds, Some(&timeout)).unwrap();
+                let count = uffd.read(&mut events).unwrap();
+                for event in &events[..count] {
+                    if let Event::Fault { address, .. } = event.decode() {
+                        uffd.copy(address, &data);
+                    }
+                }
+            }
+        });
+        let median = touch(guest);
+        stop.store(true, Ordering::Relaxed);
+        median
+    })
+}
+
+struct OverSocket(Mutex<UnixStream>);
+
+impl FaultSink for OverSocket {
+    fn fault(&self, _region: u16, block: u32) -> FaultAnswer {
+        self.0
+            .lock()
+            .unwrap()
+            .write_all(&block.to_ne_bytes())
+            .unwrap();
+        FaultAnswer::Requested
+    }
+
+    fn removed(&self, _region: u16, _first: u32, _count: u32) {}
+
+    fn failed(&self, error: PagerError) {
+        panic!("{error}");
+    }
+}
+
+fn over_socket(guest: &mut Guest) -> Duration {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let replies = ours.try_clone().unwrap();
+    let placer = arm(guest, Arc::new(OverSocket(Mutex::new(ours))));
+    std::thread::scope(|scope| {
+        // The page source: a request is a block number, a reply the number and the page.
+        scope.spawn(move || {
+            let mut message = vec![7; 4 + PAGE];
+            while theirs.read_exact(&mut message[..4]).is_ok() {
+                if theirs.write_all(&message).is_err() {
+                    break;
+                }
+            }
+        });
+        scope.spawn({
+            let placer = &placer;
+            let mut replies = replies.try_clone().unwrap();
+            move || {
+                let mut message = vec![0; 4 + PAGE];
+                while replies.read_exact(&mut message).is_ok() {
+                    let block = u32::from_ne_bytes(message[..4].try_into().unwrap());
+                    placer.place(0, block, &message[4..]).unwrap();
+                }
+            }
+        });
+        let median = touch(guest);
+        replies.shutdown(std::net::Shutdown::Both).unwrap();
+        median
+    })
+}
+
+fn faults(criterion: &mut Criterion) {
+    let mut guest = Guest::new(FAULTS);
+    quick(criterion, "fault", |group| {
+        // Criterion is given the guest's median as the time of every iteration.
+        group.bench_function("raw", |bencher| {
+            bencher.iter_custom(|rounds| raw_handler(&mut guest) * rounds as u32);
+        });
+        group.bench_function("local_socket", |bencher| {
+            bencher.iter_custom(|rounds| over_socket(&mut guest) * rounds as u32);
+        });
+    });
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().without_plots();
+    targets = tracking, placing, faults
+}
+criterion_main!(benches);
