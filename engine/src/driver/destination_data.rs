@@ -413,7 +413,7 @@ impl BatchTarget for Writing<'_> {
     }
 
     fn reject(&mut self, region: RegionId, block: u32) {
-        self.ledger.rejected(region, block);
+        self.ledger.rejected(region, block, self.pass);
         self.applied.rejected.push((region, block));
     }
 }

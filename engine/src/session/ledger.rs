@@ -35,7 +35,7 @@ pub enum LedgerError {
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub struct Ledger {
-    /// Per region and block the newest pass in place; 0 for none.
+    /// Per region and block the newest pass that is superseded or in place; 0 for none.
     passes: Vec<Vec<u32>>,
     /// Rejected, and no newer version has come.
     outstanding: Blocks,
@@ -72,9 +72,11 @@ impl Ledger {
         self.outstanding.remove(region, block)
     }
 
-    /// The version of `pass` was newer but could not be decoded: it must come again in full.
-    pub fn rejected(&mut self, region: RegionId, block: u32) {
-        if self.slot(region, block).is_some() {
+    /// The version of `pass` was newer but could not be decoded: it must come again in full. An
+    /// older version that is still on its way does not make up for it.
+    pub fn rejected(&mut self, region: RegionId, block: u32, pass: u32) {
+        if let Some(entry) = self.slot(region, block) {
+            *entry = (*entry).max(pass.saturating_sub(1));
             self.outstanding.insert(region, block);
         }
     }
@@ -210,7 +212,7 @@ mod tests {
     #[test]
     fn a_rejection_stands_until_the_block_has_come() {
         let mut ledger = ledger();
-        ledger.rejected(RAM, 5);
+        ledger.rejected(RAM, 5, 1);
         assert!(ledger.outstanding().contains(RAM, 5));
         assert!(!ledger.written().contains(RAM, 5));
         assert!(ledger.applied(RAM, 5, 1));
@@ -219,9 +221,18 @@ mod tests {
     }
 
     #[test]
+    fn an_older_version_does_not_make_up_for_a_rejected_one() {
+        let mut ledger = ledger();
+        ledger.rejected(RAM, 5, 4);
+        assert_eq!(ledger.admit(RAM, 5, 3), Ok(false));
+        assert_eq!(ledger.admit(RAM, 5, 4), Ok(true), "the same version again");
+        assert!(ledger.applied(RAM, 5, 4));
+    }
+
+    #[test]
     fn a_removed_block_is_never_filled_again() {
         let mut ledger = ledger();
-        ledger.rejected(RAM, 2);
+        ledger.rejected(RAM, 2, 1);
         assert_eq!(ledger.removed(RAM, 1, 100), vec![(RAM, 2)]);
         assert_eq!(ledger.admit(RAM, 7, 1000), Ok(false));
         assert_eq!(ledger.admit(RAM, 0, 1), Ok(true));

@@ -682,7 +682,7 @@ impl World {
                 self.scenario.rejections / 5.0
             };
             if self.rng.random_bool(rejections) {
-                ledger.rejected(region, number);
+                ledger.rejected(region, number, batch.pass);
                 report.rejected.push((region, number));
                 continue;
             }
