@@ -8,7 +8,7 @@ use quinn::congestion::{BbrConfig, CubicConfig, NewRenoConfig};
 
 use crate::congestion::Congestion;
 use crate::congestion::adaptive::Hints;
-use crate::congestion::quic::AdaptiveFactory;
+use crate::congestion::quic::{AdaptiveFactory, GatedFactory};
 use crate::frame::MAX_MESSAGE;
 
 /// Rate and round trip that windows are made for where neither is known.
@@ -111,7 +111,7 @@ impl TransportConfig {
             .initial_mtu(FULL_MTU)
             .mtu_discovery_config(Some(mtu_discovery()))
             .ack_frequency_config(Some(ack_frequency()))
-            .congestion_controller_factory(self.factory());
+            .congestion_controller_factory(Arc::new(GatedFactory(self.factory())));
         if let Some(rtt) = self.rtt_hint {
             // RFC 9002's timers start at three times this; half again covers a hint a bit low.
             config.initial_rtt((rtt * 3 / 2).max(Duration::from_millis(20)));

@@ -3,7 +3,7 @@
 //! before each side has said, by opening its credit stream, that it accepts the other.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, Weak};
 
 use quinn::VarInt;
 use rustls_pki_types::CertificateDer;
@@ -34,6 +34,8 @@ pub struct Endpoint {
 struct Judge {
     trust: Trust,
     config: TransportConfig,
+    /// Links that may still be open, to close them one by one.
+    links: std::sync::Mutex<Vec<Weak<Shared>>>,
 }
 
 impl Endpoint {
@@ -110,6 +112,13 @@ impl Endpoint {
 
     /// Closes every link of this endpoint, telling the peers why.
     pub fn close(&self, code: CloseCode, reason: &str) {
+        for link in self.judge.links().iter().filter_map(Weak::upgrade) {
+            let cause = LinkError::LocalClosed {
+                reason: reason.to_owned(),
+            };
+            link.close_with(code.0, reason, cause);
+        }
+        // Handshakes under way go with the endpoint.
         self.quinn
             .close(VarInt::from_u32(code.0), reason.as_bytes());
     }
@@ -177,7 +186,20 @@ impl Judge {
         Self {
             trust,
             config: config.clone(),
+            links: std::sync::Mutex::default(),
         }
+    }
+
+    fn links(&self) -> std::sync::MutexGuard<'_, Vec<Weak<Shared>>> {
+        // Only pushed to and filtered: sound even after a panic elsewhere.
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Remembers a link, and forgets those that are gone.
+    fn remember(&self, shared: &Arc<Shared>) {
+        let mut links = self.links();
+        links.retain(|link| link.strong_count() > 0);
+        links.push(Arc::downgrade(shared));
     }
 
     /// Completes the handshake, judges the peer, waits for the peer's judgement.
@@ -206,6 +228,7 @@ impl Judge {
         })?;
         let peer = self.judge(addr, &connection)?;
         let shared = Arc::new(Shared::new(connection, peer, self.config.idle_timeout));
+        self.remember(&shared);
         let refused = |error| link_error(addr, error);
         let credit_out = CreditSender::open(&shared, self.config.lane_windows())
             .await

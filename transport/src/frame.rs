@@ -2,7 +2,8 @@
 //! their own. Bounded both ways; what a peer sends never panics and never allocates more than it
 //! sent.
 
-use crate::message::{BlockSet, Message};
+use crate::codec::{MAX_BATCH_CONTENTS, MIN_BLOCK_SIZE};
+use crate::message::{BlockSet, Message, RegionInfo};
 
 /// Largest encoded message, in bytes. A set of blocks larger than [`MAX_SET`] must be split, so
 /// that no legal message comes near.
@@ -21,6 +22,9 @@ pub enum FrameError {
     /// Not a message of this protocol version.
     #[error("malformed message: {0}")]
     Malformed(String),
+    /// One of its lists is longer than `docs/protocol.md` allows, or an offer that cannot be.
+    #[error("illegal message: {0}")]
+    Illegal(String),
     /// Bytes are left over after the message.
     #[error("malformed message: {0} bytes too many")]
     Trailing(usize),
@@ -28,6 +32,7 @@ pub enum FrameError {
 
 /// Encodes a message without its length.
 pub fn encode_message(message: &Message) -> Result<Vec<u8>, FrameError> {
+    check(message)?;
     let bytes =
         postcard::to_stdvec(message).map_err(|error| FrameError::Malformed(error.to_string()))?;
     if bytes.len() > MAX_MESSAGE {
@@ -43,11 +48,55 @@ pub fn decode_message(bytes: &[u8]) -> Result<Message, FrameError> {
     }
     let (message, rest) = postcard::take_from_bytes(bytes)
         .map_err(|error| FrameError::Malformed(error.to_string()))?;
-    if rest.is_empty() {
-        Ok(message)
-    } else {
-        Err(FrameError::Trailing(rest.len()))
+    if !rest.is_empty() {
+        return Err(FrameError::Trailing(rest.len()));
     }
+    check(&message)?;
+    Ok(message)
+}
+
+/// Bounds that the types do not have.
+fn check(message: &Message) -> Result<(), FrameError> {
+    let bounded = |what: &str, len: usize, most: usize| {
+        if len > most {
+            let text = format!("{len} {what}, {most} are allowed");
+            return Err(FrameError::Illegal(text));
+        }
+        Ok(())
+    };
+    match message {
+        Message::Hello { versions, .. } => bounded("versions", versions.len(), 16),
+        Message::Applied { batches, rejected } => {
+            bounded("ranges of batches", batches.len(), 1024)?;
+            bounded("rejected blocks", rejected.len(), 4096)
+        }
+        Message::Fetch { blocks, .. } => bounded("blocks to fetch", blocks.len(), 1024),
+        Message::Behind { blocks, .. } | Message::Missing { blocks, .. } => {
+            bounded("bytes of blocks", blocks.serialized_size(), MAX_SET)
+        }
+        Message::AllPlaced(summary) => {
+            bounded("blocked threads", summary.blocked_threads.len(), 64)?;
+            bounded("samples of speed", summary.speed.len(), 4096)
+        }
+        Message::Offer(offer) => check_regions(&offer.regions),
+        _ => Ok(()),
+    }
+}
+
+/// Regions are numbered from 0, and their blocks are ones that the codec can carry.
+fn check_regions(regions: &[RegionInfo]) -> Result<(), FrameError> {
+    for (index, region) in regions.iter().enumerate() {
+        if usize::from(region.id.0) != index {
+            let text = format!("{} is offered in place {index}", region.id);
+            return Err(FrameError::Illegal(text));
+        }
+        let size = region.block_size;
+        if !size.is_power_of_two() || size < MIN_BLOCK_SIZE || size as usize > MAX_BATCH_CONTENTS {
+            let text = format!("{} has blocks of {size} bytes", region.id);
+            return Err(FrameError::Illegal(text));
+        }
+    }
+    Ok(())
 }
 
 /// Encodes a message with its length before it.
@@ -112,6 +161,51 @@ mod tests {
                 .iter()
                 .fold(BlockSet::new(), |sum, piece| sum | piece);
             assert_eq!(sum, set);
+        }
+    }
+
+    #[test]
+    fn lists_beyond_their_bounds_are_refused_both_ways() {
+        let fetch = |count: u32| Message::Fetch {
+            region: crate::message::RegionId(0),
+            blocks: (0..count).collect(),
+        };
+        assert!(encode_message(&fetch(1024)).is_ok());
+        let error = encode_message(&fetch(1025)).unwrap_err();
+        assert!(matches!(error, FrameError::Illegal(_)), "{error}");
+        let wire = postcard::to_stdvec(&fetch(1025)).unwrap();
+        assert_eq!(decode_message(&wire), Err(error));
+    }
+
+    #[test]
+    fn an_offer_must_number_its_regions() {
+        let offer = |id, block_size| {
+            Message::Offer(crate::message::Offer {
+                guest: crate::message::GuestDescription {
+                    kind: "workload".to_owned(),
+                    name: String::new(),
+                    facts: std::collections::BTreeMap::new(),
+                },
+                regions: vec![RegionInfo {
+                    id: crate::message::RegionId(id),
+                    kind: crate::message::RegionKind::Memory,
+                    name: "ram".to_owned(),
+                    blocks: 1,
+                    block_size,
+                }],
+                mode: crate::message::Mode::Hybrid,
+                check_only: false,
+            })
+        };
+        assert!(encode_message(&offer(0, 4096)).is_ok());
+        for illegal in [
+            offer(1, 4096),
+            offer(0, 0),
+            offer(0, 4095),
+            offer(0, 1 << 31),
+        ] {
+            assert!(encode_message(&illegal).is_err());
+            assert!(decode_message(&postcard::to_stdvec(&illegal).unwrap()).is_err());
         }
     }
 

@@ -380,6 +380,36 @@ async fn closing_tells_the_other_side_why() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn closing_a_busy_link_is_heard_too() {
+    for congestion in [
+        Congestion::Adaptive,
+        Congestion::Cubic,
+        Congestion::Adaptive,
+    ] {
+        let pair = pair_with(&TransportConfig {
+            congestion,
+            ..config()
+        })
+        .await;
+        let sender = pair.client.clone();
+        let sending = tokio::spawn(async move {
+            let batch = Bytes::from(vec![7; MAX_BATCH]);
+            while sender.send_batch(Lane::Freeze, batch.clone()).await.is_ok() {}
+        });
+        soon(pair.server.next_incoming()).await.unwrap();
+        pair.endpoints.0.close(CloseCode::SHUTDOWN, "told to end");
+        match soon(pair.server.closed()).await {
+            LinkError::PeerClosed { code, reason, .. } => {
+                assert_eq!((code, &*reason), (CloseCode::SHUTDOWN.0, "told to end"));
+            }
+            other => panic!("{other}"),
+        }
+        soon(sending).await.unwrap();
+        soon(pair.endpoints.0.wait_idle()).await;
+    }
+}
+
 #[tokio::test]
 async fn a_peer_that_falls_silent_is_a_lost_link() {
     let config = TransportConfig {

@@ -7,7 +7,9 @@ use hybridmig_transport::frame::{decode_message, encode_frame};
 use hybridmig_transport::message::{Message, RegionId, RegionInfo, RegionKind, SessionId};
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    bytes
+        .iter()
+        .fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 #[test]

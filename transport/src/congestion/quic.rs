@@ -1,11 +1,12 @@
-//! The seam between [`Adaptive`] and quinn: instants to durations, callbacks to inputs. No control
-//! happens here.
+//! The seam between congestion control and quinn: instants to durations, callbacks to inputs. No
+//! control happens here, except that a connection that closes is let through.
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use quinn::congestion::{Controller, ControllerFactory};
+use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 
 use super::adaptive::{Adaptive, Hints};
@@ -27,10 +28,10 @@ impl ControllerFactory for AdaptiveFactory {
 
 /// [`Adaptive`] as a controller of quinn.
 #[derive(Clone, Debug)]
-pub(crate) struct AdaptiveController {
+struct AdaptiveController {
     origin: Instant,
     initial_window: u64,
-    pub(crate) core: Adaptive,
+    core: Adaptive,
 }
 
 impl Controller for AdaptiveController {
@@ -90,6 +91,116 @@ impl Controller for AdaptiveController {
 
     fn initial_window(&self) -> u64 {
         self.initial_window
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
+
+/// Window of a connection that closes, in bytes: large enough that quinn neither waits for
+/// acknowledgements nor paces (it gives up pacing above 32 bits).
+const OPEN: u64 = 1 << 33;
+
+/// Builds what another factory builds, wrapped in a [`Gated`].
+pub(crate) struct GatedFactory(pub(crate) Arc<dyn ControllerFactory + Send + Sync>);
+
+impl ControllerFactory for GatedFactory {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(Gated {
+            inner: self.0.clone().build(now, current_mtu),
+            closing: Arc::default(),
+        })
+    }
+}
+
+/// A controller whose gate can be opened for good.
+///
+/// quinn holds back even the packet that closes a connection while the window is full and data
+/// waits; acknowledgements no longer count by then, so that on a busy link the peer would never
+/// learn that, and why, the link was closed.
+struct Gated {
+    inner: Box<dyn Controller>,
+    closing: Arc<AtomicBool>,
+}
+
+/// Lets everything through from now on. To be called right before a connection is closed.
+pub(crate) fn open_gate(connection: &quinn::Connection) {
+    if let Ok(gated) = connection.congestion_state().into_any().downcast::<Gated>() {
+        gated.closing.store(true, Ordering::Relaxed);
+    }
+}
+
+/// The connection's own adaptive controller as it is now, if that is the one in use.
+pub(crate) fn adaptive_of(connection: &quinn::Connection) -> Option<Adaptive> {
+    let gated = connection.congestion_state().into_any().downcast::<Gated>();
+    let inner = gated.ok()?.inner.into_any();
+    Some(inner.downcast::<AdaptiveController>().ok()?.core)
+}
+
+impl Controller for Gated {
+    fn on_sent(&mut self, now: Instant, bytes: u64, last_packet_number: u64) {
+        self.inner.on_sent(now, bytes, last_packet_number);
+    }
+
+    fn on_ack(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        bytes: u64,
+        app_limited: bool,
+        rtt: &RttEstimator,
+    ) {
+        self.inner.on_ack(now, sent, bytes, app_limited, rtt);
+    }
+
+    fn on_end_acks(
+        &mut self,
+        now: Instant,
+        in_flight: u64,
+        app_limited: bool,
+        largest_packet_num_acked: Option<u64>,
+    ) {
+        self.inner
+            .on_end_acks(now, in_flight, app_limited, largest_packet_num_acked);
+    }
+
+    fn on_congestion_event(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        is_persistent_congestion: bool,
+        lost_bytes: u64,
+    ) {
+        self.inner
+            .on_congestion_event(now, sent, is_persistent_congestion, lost_bytes);
+    }
+
+    fn on_mtu_update(&mut self, new_mtu: u16) {
+        self.inner.on_mtu_update(new_mtu);
+    }
+
+    fn window(&self) -> u64 {
+        if self.closing.load(Ordering::Relaxed) {
+            OPEN
+        } else {
+            self.inner.window()
+        }
+    }
+
+    fn metrics(&self) -> ControllerMetrics {
+        self.inner.metrics()
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(Self {
+            inner: self.inner.clone_box(),
+            closing: self.closing.clone(),
+        })
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.inner.initial_window()
     }
 
     fn into_any(self: Box<Self>) -> Box<dyn Any> {

@@ -23,6 +23,7 @@ pub use stats::LinkStats;
 
 use crate::config::TransportConfig;
 use crate::congestion::Congestion;
+use crate::congestion::quic::open_gate;
 use crate::error::{CloseCode, LinkError};
 use crate::lane::Lane;
 use crate::message::Message;
@@ -108,9 +109,10 @@ impl Shared {
         self.error()
     }
 
-    fn close_with(&self, code: u32, reason: &str, cause: LinkError) {
+    pub(crate) fn close_with(&self, code: u32, reason: &str, cause: LinkError) {
         if self.connection.close_reason().is_none() && self.cause.set(cause).is_ok() {
             let reason = truncated(reason);
+            open_gate(&self.connection);
             self.connection
                 .close(VarInt::from_u32(code), reason.as_bytes());
         }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::congestion::quic::AdaptiveController;
+use crate::congestion::quic::adaptive_of;
 
 /// What is known of a link.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -91,9 +91,8 @@ impl Sampler {
         if !self.adaptive {
             return None;
         }
-        let state = connection.congestion_state().into_any();
-        let controller = state.downcast::<AdaptiveController>().ok()?;
-        Some((controller.core.bandwidth(), controller.core.loss()))
+        let controller = adaptive_of(connection)?;
+        Some((controller.bandwidth(), controller.loss()))
     }
 
     fn of_counters(&self, sent: u64, lost: u64) -> (f64, f64) {

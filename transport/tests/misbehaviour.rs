@@ -1,0 +1,243 @@
+//! A peer that is trusted and breaks the protocol: the link ends with an error that names it, and
+//! it is told what it did. The peer is written by hand on bare QUIC.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hybridmig_transport::frame::encode_frame;
+use hybridmig_transport::message::Message;
+use hybridmig_transport::{
+    ALPN, CloseCode, Endpoint, Fingerprint, Identity, Link, LinkError, TransportConfig,
+    TransportError, Trust,
+};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+
+const LOCALHOST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// Believes whatever the server shows.
+#[derive(Debug)]
+struct Gullible;
+
+impl ServerCertVerifier for Gullible {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        rustls::crypto::ring::default_provider()
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
+
+/// A bare client; with a certificate if `trusted`. Returns it with the server that awaits it.
+fn bare(alpn: &[u8], with_certificate: bool) -> (quinn::Endpoint, Endpoint) {
+    let rcgen::CertifiedKey { cert, signing_key } =
+        rcgen::generate_simple_self_signed(vec!["x".to_owned()]).unwrap();
+    let trust = Trust::new().with_peer(Fingerprint::of(cert.der()));
+    let config = TransportConfig::default();
+    let bob = Identity::generate().unwrap();
+    let server = Endpoint::server(LOCALHOST, &bob, trust, &config).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Gullible));
+    let mut tls = if with_certificate {
+        let key = PrivatePkcs8KeyDer::from(signing_key.serialize_der());
+        tls.with_client_auth_cert(vec![cert.der().clone()], key.into())
+            .unwrap()
+    } else {
+        tls.with_no_client_auth()
+    };
+    tls.alpn_protocols = vec![alpn.to_vec()];
+    let crypto = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
+    let mut client = quinn::Endpoint::client(LOCALHOST).unwrap();
+    client.set_default_client_config(quinn::ClientConfig::new(Arc::new(crypto)));
+    (client, server)
+}
+
+fn greeting(windows: [u64; 3]) -> Vec<u8> {
+    let limits = windows.iter().flat_map(|window| window.to_le_bytes());
+    std::iter::once(1).chain(limits).collect()
+}
+
+/// A trusted bare client whose greeting has been sent, and the server's link. The credit stream
+/// must be kept.
+async fn trusted() -> (quinn::Connection, quinn::SendStream, Link, Endpoint) {
+    let (client, server) = bare(ALPN, true);
+    let addr = server.local_addr().unwrap();
+    let connection = client.connect(addr, "x").unwrap().await.unwrap();
+    let mut credit = connection.open_uni().await.unwrap();
+    credit.write_all(&greeting([8 << 20; 3])).await.unwrap();
+    let link = server.accept().await.unwrap();
+    (connection, credit, link, server)
+}
+
+/// The link ended because of what the peer did, and the peer was told.
+async fn ended(connection: &quinn::Connection, link: &Link, words: &str) {
+    let work = async {
+        match link.closed().await {
+            LinkError::Protocol { peer, what } => {
+                assert_eq!(peer, link.peer_addr());
+                assert!(what.contains(words), "{what}");
+            }
+            other => panic!("{other}"),
+        }
+        match connection.closed().await {
+            quinn::ConnectionError::ApplicationClosed(close) => {
+                assert_eq!(
+                    close.error_code.into_inner(),
+                    u64::from(CloseCode::PROTOCOL.0)
+                );
+                assert!(String::from_utf8_lossy(&close.reason).contains(words));
+            }
+            other => panic!("{other}"),
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), work)
+        .await
+        .expect("the link goes on");
+}
+
+#[tokio::test]
+async fn illegal_streams_end_the_link() {
+    let large = vec![19; 600 << 10];
+    let larger = vec![19; 2 << 20];
+    for (bytes, words) in [
+        (&b""[..], "empty stream"),
+        (b"\x63hello", "unknown kind 99"),
+        (b"\x10batch on control", "unknown kind 16"),
+        (b"\x01", "unknown kind 1"),
+        (b"\x09\xff\xff\xff\xff", "malformed message"),
+        (&large, "a batch of"),
+        (&larger, "a stream of more than"),
+    ] {
+        let (connection, _credit, link, _server) = trusted().await;
+        let mut stream = connection.open_uni().await.unwrap();
+        // The link may end before all of it is written.
+        let _cut_short = stream.write_all(bytes).await;
+        let _cut_short = stream.finish();
+        ended(&connection, &link, words).await;
+        let error = link.next_incoming().await.unwrap_err();
+        assert!(matches!(error, LinkError::Protocol { .. }), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn illegal_frames_end_the_link() {
+    let mut trailing = encode_frame(&Message::Released).unwrap();
+    trailing[0] += 1;
+    trailing.push(0);
+    for (bytes, words) in [
+        (&b"\xff\xff\xff\x7f"[..], "message of"),
+        (b"\x02\x00\x00\x00\x63\x00", "malformed"),
+        (&trailing, "1 bytes too many"),
+    ] {
+        let (connection, _credit, link, _server) = trusted().await;
+        let (mut send, _receive) = connection.open_bi().await.unwrap();
+        send.write_all(bytes).await.unwrap();
+        let (_sender, mut receiver) = link.accept_control().await.unwrap();
+        let error = receiver.recv().await.unwrap_err();
+        assert!(matches!(error, LinkError::Protocol { .. }), "{error}");
+        ended(&connection, &link, words).await;
+    }
+}
+
+#[tokio::test]
+async fn illegal_credit_ends_the_link() {
+    let less = [&[3][..], &1_u64.to_le_bytes()].concat();
+    let unknown = [&[0][..], &u64::MAX.to_le_bytes()].concat();
+    for (update, words) in [(less, "took credit back"), (unknown, "unknown lane")] {
+        let (connection, mut credit, link, _server) = trusted().await;
+        credit.write_all(&update).await.unwrap();
+        ended(&connection, &link, words).await;
+    }
+    let (connection, mut credit, link, _server) = trusted().await;
+    credit.finish().unwrap();
+    ended(&connection, &link, "ended the credit stream").await;
+}
+
+#[tokio::test]
+async fn a_stream_that_is_reset_or_stopped_ends_the_link() {
+    let (connection, _credit, link, _server) = trusted().await;
+    let mut stream = connection.open_uni().await.unwrap();
+    stream.write_all(b"\x13half").await.unwrap();
+    stream.reset(0_u8.into()).unwrap();
+    ended(&connection, &link, "reset a stream").await;
+
+    let (connection, _credit, link, _server) = trusted().await;
+    let _first_is_credit = connection.accept_uni().await.unwrap();
+    let batch = vec![0; 300 << 10].into();
+    // Stopped before or after QUIC had all of it, as it comes.
+    let (_either, stream) = tokio::join!(
+        link.send_batch(hybridmig_transport::Lane::Bulk, batch),
+        connection.accept_uni()
+    );
+    let mut stream = stream.unwrap();
+    stream.stop(0_u8.into()).unwrap();
+    ended(&connection, &link, "stopped a stream").await;
+}
+
+#[tokio::test]
+async fn a_wrong_start_never_becomes_a_link() {
+    for (first, words) in [
+        (
+            greeting([1 << 20, 8 << 20, 8 << 20]),
+            "less than one message",
+        ),
+        (vec![16; 25], "not the credit stream"),
+    ] {
+        let (client, server) = bare(ALPN, true);
+        let addr = server.local_addr().unwrap();
+        let connection = client.connect(addr, "x").unwrap().await.unwrap();
+        let mut stream = connection.open_uni().await.unwrap();
+        stream.write_all(&first).await.unwrap();
+        match server.accept().await.unwrap_err() {
+            TransportError::Handshake { what, .. } => assert!(what.contains(words), "{what}"),
+            other => panic!("{other}"),
+        }
+    }
+    for (alpn, with_certificate) in [(&b"h3"[..], true), (ALPN, false)] {
+        let (client, server) = bare(alpn, with_certificate);
+        let addr = server.local_addr().unwrap();
+        let connecting = client.connect(addr, "x").unwrap();
+        let (connection, accepted) = tokio::join!(connecting, server.accept());
+        match accepted.unwrap_err() {
+            TransportError::Handshake { .. } | TransportError::Refused { .. } => {}
+            other => panic!("{other}"),
+        }
+        // Without a certificate the client's own handshake may be over before it is refused.
+        if let Ok(connection) = connection {
+            connection.closed().await;
+        }
+    }
+}
