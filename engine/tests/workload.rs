@@ -4,8 +4,9 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
+use std::fs::Permissions;
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -23,10 +24,18 @@ use hybridmig_engine::guest::{DestinationGuest, FaultAnswer, FaultSink, GuestErr
 use hybridmig_pager::PlacerConfig;
 use hybridmig_transport::message::{Mode, Offer, RefusalCode};
 
-const FIXTURE: &str = env!("CARGO_BIN_EXE_hybridmig-guest-fixture");
+/// Names another place of the fixture, for a test that runs where its own is out of reach.
+const FIXTURE_VARIABLE: &str = "HYBRIDMIG_GUEST_FIXTURE";
 const REGION: RegionId = RegionId(0);
 const BYTES: u64 = 32 << 20;
 const PAGES: u32 = (BYTES / 4096) as u32;
+
+fn fixture() -> PathBuf {
+    std::env::var_os(FIXTURE_VARIABLE).map_or_else(
+        || env!("CARGO_BIN_EXE_hybridmig-guest-fixture").into(),
+        PathBuf::from,
+    )
+}
 
 /// A guest process that ends with this test at the latest.
 struct Guest {
@@ -43,7 +52,7 @@ impl Guest {
             ..GuestOptions::new(&control, BYTES)
         };
         change(&mut options);
-        let child = Command::new(FIXTURE)
+        let child = Command::new(fixture())
             .args(options.to_args())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -83,7 +92,7 @@ impl Drop for Guest {
 /// How a destination starts its guest: it must not outlive this test.
 fn start_at(control: PathBuf) -> Launch {
     Launch::Start {
-        program: FIXTURE.into(),
+        program: fixture(),
         args: ["--die-with".into(), std::process::id().to_string().into()].into(),
         control,
     }
@@ -282,10 +291,19 @@ fn no_privileges_are_needed() {
     if !rustix::process::geteuid().is_root() {
         return move_a_running_guest(|_| {});
     }
-    let status = Command::new(std::env::current_exe().unwrap())
+    // Where the build lies may be closed to others.
+    let directory = tempfile::Builder::new()
+        .permissions(Permissions::from_mode(0o755))
+        .tempdir()
+        .unwrap();
+    let test = directory.path().join("test");
+    std::fs::copy(std::env::current_exe().unwrap(), &test).unwrap();
+    let guest = directory.path().join("guest");
+    std::fs::copy(fixture(), &guest).unwrap();
+    let status = Command::new(test)
         .args(["--exact", "a_running_guest_is_moved"])
         .current_dir("/")
-        .env("TMPDIR", "/tmp")
+        .env(FIXTURE_VARIABLE, guest)
         .uid(NOBODY)
         .gid(NOBODY)
         .status()
@@ -414,7 +432,7 @@ fn a_killed_pager_loses_nothing() {
     work_goes_on(|| source.work_done());
     source.freeze().unwrap();
 
-    let mut pager = Command::new(FIXTURE)
+    let mut pager = Command::new(fixture())
         .args([OsString::from("half-pager")])
         .args([&guest.control, &arrived.control])
         .stdout(Stdio::piped())
@@ -557,7 +575,7 @@ fn a_guest_with_a_state_does_not_end_by_itself() {
         die_with: Some(std::process::id()),
         ..GuestOptions::new(directory.path().join("loaded"), BYTES)
     };
-    let child = Command::new(FIXTURE)
+    let child = Command::new(fixture())
         .args(options.to_args())
         .spawn()
         .unwrap();

@@ -187,9 +187,10 @@ impl Plan {
                 self.threads
             ));
         }
-        if !(0.0..=1e6).contains(&self.rate_factor) {
+        if self.rate_factor != 0.0 && !(1e-6..=1e6).contains(&self.rate_factor) {
             return Err(format!(
-                "a rate factor of {} is out of range: 0 (as fast as possible) to 1000000",
+                "a rate factor of {} is out of range: 0 (as fast as possible), or 0.000001 to \
+                 1000000",
                 self.rate_factor
             ));
         }
@@ -234,6 +235,7 @@ mod tests {
             ("--control s --size 16777216 --threads 0", "0 workers"),
             ("--control s --size 16777216 --rate-factor NaN", "NaN"),
             ("--control s --size 16777216 --rate-factor -1", "-1"),
+            ("--control s --size 16777216 --rate-factor 1e-9", "factor"),
             ("--control s --size 16777216 --profile x", "profile"),
             ("--control s --size 16777216 --seed", "--seed"),
             ("--control s --size 16777216 --colour red", "--colour"),

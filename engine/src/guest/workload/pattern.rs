@@ -117,7 +117,7 @@ impl Pattern {
     pub fn next(&self, state: &mut PatternState) -> Access {
         let number = self.phase_number(state);
         let phase = &self.spec.phases[number];
-        state.accesses += 1;
+        state.accesses = state.accesses.wrapping_add(1);
         let write = state.rng.below(100) < u64::from(phase.writes);
         let sequential = state.rng.below(100) < u64::from(phase.sequential);
         let index = if sequential {

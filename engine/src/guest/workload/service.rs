@@ -408,3 +408,6 @@ fn userfaultfd() -> Result<OwnedFd, String> {
         .map(OwnedFd::from)
         .map_err(|error| crate::guest::GuestError::from(error).chain())
 }
+
+#[cfg(test)]
+mod tests;

@@ -382,7 +382,7 @@ impl Shared {
                     slot.partition
                         .write(memory, contents, access.index, generation, buffer);
                 state.digest = state.digest.wrapping_add(change);
-                state.writes += 1;
+                state.writes = state.writes.wrapping_add(1);
             }
             Ok(_) => {}
             // A wrong page is never written: it stays to be seen.
