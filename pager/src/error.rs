@@ -170,6 +170,12 @@ pub enum PagerError {
         reason: String,
     },
 
+    /// A pager ended before the guest's stale memory was discarded.
+    #[error(
+        "the guest was never armed for demand paging, its memory may hold stale blocks: end it and migrate again"
+    )]
+    NeverArmed,
+
     /// What came over the handover socket is not a handover.
     #[error("handover refused: {0}")]
     BadHandover(String),

@@ -17,8 +17,10 @@ use crate::{PagerError, Result};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"hmigmiss");
 const VERSION: u64 = 1;
-/// Header words: magic, version, number of regions, then one length in blocks per region.
-const FIXED_WORDS: usize = 3;
+/// Header words: magic, version, number of regions, whether a pager has armed the guest with it;
+/// then one length in blocks per region.
+const FIXED_WORDS: usize = 4;
+const ARMED_WORD: usize = 3;
 /// Bound on what a file may claim.
 const MAX_REGIONS: usize = 1 << 16;
 
@@ -111,6 +113,16 @@ impl MissingMap {
     /// The file, to hand it to another process.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Whether a pager has discarded everything that is missing, so that a present page is a page
+    /// that was placed. Only then can another pager go on.
+    pub fn is_armed(&self) -> bool {
+        self.words.slice()[ARMED_WORD].load(Ordering::SeqCst) == 1
+    }
+
+    pub(crate) fn set_armed(&self) {
+        self.words.slice()[ARMED_WORD].store(1, Ordering::SeqCst);
     }
 
     /// Number of regions.
@@ -365,7 +377,7 @@ mod tests {
         assert!(refused());
         drop(MissingMap::create(&path, &[1000]).unwrap());
         let file = File::options().write(true).open(&path).unwrap();
-        for (at, value) in [(8, 9_u64), (16, u64::MAX), (24, 2000)] {
+        for (at, value) in [(8, 9_u64), (16, u64::MAX), (32, 2000)] {
             let mut before = [0; 8];
             File::open(&path)
                 .unwrap()

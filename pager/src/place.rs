@@ -103,6 +103,7 @@ impl Placer {
             shared.unregister()?;
             return Err(error);
         }
+        shared.missing.set_armed();
         Self::start(shared, config)
     }
 
@@ -125,6 +126,9 @@ impl Placer {
         sink: Arc<dyn FaultSink>,
         config: PlacerConfig,
     ) -> Result<Self> {
+        if !missing.is_armed() {
+            return Err(PagerError::NeverArmed);
+        }
         let shared = Shared::new(uffd, pid, regions, missing, sink)?;
         shared.register()?;
         // A page that is present was placed: its bit was about to be cleared.

@@ -5,7 +5,7 @@
 //! A report may name a page that was not written; it never misses one that was, through the
 //! mappings it was given. Two things the scan cannot see are added:
 //! - *holes*: `fallocate` and `MADV_REMOVE` change contents without a mark. At the freeze the
-//!   populated pages are compared with those of the last look. (Events would tell too, but a guest
+//!   populated pages are compared with those known so far. (Events would tell too, but a guest
 //!   would hang in `madvise` when its pager dies.)
 //! - *late DMA*: see [`grace`](crate::grace).
 //!
@@ -59,8 +59,9 @@ pub struct Tracker {
 #[derive(Debug)]
 struct Book {
     grace: Option<Grace>,
-    /// Per region, as of the start or the last [`Settle::Final`].
-    populated: Vec<RoaringBitmap>,
+    /// Per region, the blocks that whoever keeps a copy takes for present: those of the start and
+    /// those reported since.
+    known: Vec<RoaringBitmap>,
     stopped: bool,
 }
 
@@ -84,7 +85,7 @@ impl Tracker {
             regions,
             book: Mutex::new(Book {
                 grace: config.grace.map(Grace::new),
-                populated: Vec::new(),
+                known: Vec::new(),
                 stopped: false,
             }),
         };
@@ -96,7 +97,7 @@ impl Tracker {
             std::thread::sleep(grace);
         }
         let populated = tracker.populated()?;
-        tracker.lock().populated.clone_from(&populated);
+        tracker.lock().known.clone_from(&populated);
         let report = tracker.named(populated);
         Ok((tracker, report))
     }
@@ -134,13 +135,17 @@ impl Tracker {
         for (report, owed) in report.iter_mut().zip(&owed) {
             *report |= owed;
         }
+        for (known, report) in book.known.iter_mut().zip(&report) {
+            *known |= report;
+        }
         if settle == Settle::Final {
             self.check_mappings()?;
             let populated = self.populated()?;
-            for ((report, now), before) in report.iter_mut().zip(&populated).zip(&book.populated) {
-                *report |= before ^ now;
+            for ((report, now), known) in report.iter_mut().zip(&populated).zip(&book.known) {
+                // Punched, or filled by a way that leaves no mark.
+                *report |= known ^ now;
             }
-            book.populated = populated;
+            book.known = populated;
         }
         Ok(self.named(report))
     }

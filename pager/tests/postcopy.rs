@@ -315,6 +315,21 @@ fn nonsense_is_refused() {
 }
 
 #[test]
+fn a_guest_that_was_never_armed_cannot_be_taken_over() {
+    let guest = Guest::new(64);
+    let map = MissingMap::in_memory(&[64]).unwrap();
+    let result = Placer::take_over(
+        guest.attach(Features::PLACING),
+        guest.pid(),
+        vec![guest.region()],
+        Arc::new(map),
+        Arc::new(Sink::default()),
+        PlacerConfig::default(),
+    );
+    assert!(matches!(result, Err(PagerError::NeverArmed)));
+}
+
+#[test]
 fn a_killed_pager_is_followed_by_another_with_nothing_lost() {
     let dir = tempfile::tempdir().unwrap();
     let map = dir.path().join("missing");

@@ -58,9 +58,7 @@ fn exactly_the_written_pages_are_reported() {
         assert_eq!(dirty, written(seed, count));
     }
     assert!(tracker.take_dirty(Settle::Running).unwrap().is_empty());
-    // The final look compares what is present with the start: newly populated pages come again.
-    let last = only_region(tracker.take_dirty(Settle::Final).unwrap());
-    assert!(last.is_disjoint(&before));
+    // Pages that were populated meanwhile have been reported, and are not reported again.
     assert!(tracker.take_dirty(Settle::Final).unwrap().is_empty());
 }
 
@@ -97,6 +95,10 @@ fn punched_pages_are_noticed_at_the_freeze() {
     let dirty = only_region(tracker.take_dirty(Settle::Final).unwrap());
     let punched: RoaringBitmap = (100..150).chain(1000..1003).collect();
     assert!(punched.is_subset(&dirty));
+    // Filled by a way that leaves no mark.
+    guest.memory.write(1001, &[1; PAGE]).unwrap();
+    let dirty = only_region(tracker.take_dirty(Settle::Final).unwrap());
+    assert!(dirty.contains(1001));
 }
 
 #[test]
