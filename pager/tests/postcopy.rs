@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
@@ -335,36 +336,25 @@ fn a_killed_pager_is_followed_by_another_with_nothing_lost() {
     let map = dir.path().join("missing");
     let mut guest = Guest::new(PAGES);
     guest.ask("fill 999"); // stale: must never be seen
-    let spawn = |how: &str, guest: &Guest| {
-        Fixture::spawn(&[
-            "pager",
-            how,
-            &guest.pid().to_string(),
-            &guest.fd.to_string(),
-            &PAGES.to_string(),
-            &SEED.to_string(),
-            map.to_str().unwrap(),
-        ])
-    };
-    let mut pager = spawn("arm", &guest);
-    assert_eq!(pager.line(), "serving");
+    let mut pager_process = pager(&guest, "arm", &map);
+    assert_eq!(pager_process.line(), "serving");
     guest.process.send(&format!("verify {SEED} 4"));
     // Twice killed in the middle of serving faults.
     for _ in 0..2 {
         for _ in 0..10 {
-            pager.wait_for("progress");
+            pager_process.wait_for("progress");
         }
-        pager.kill();
+        pager_process.kill();
         let left = MissingMap::open(&map).unwrap();
         assert!(!left.is_empty(), "killed too late to prove anything");
         // Without a pager the guest waits: it neither ends nor sees a wrong byte.
         assert!(guest.process.silent_for(Duration::from_millis(50)));
-        pager = spawn("take-over", &guest);
-        pager.wait_for("serving");
+        pager_process = pager(&guest, "take-over", &map);
+        pager_process.wait_for("serving");
     }
     assert_eq!(guest.process.line(), "ok");
     let disarmed = loop {
-        let line = pager.line();
+        let line = pager_process.line();
         if line != "progress" {
             break line;
         }
@@ -373,4 +363,33 @@ fn a_killed_pager_is_followed_by_another_with_nothing_lost() {
     assert!(MissingMap::open(&map).unwrap().is_empty());
     assert_eq!(guest.ask(&format!("verify {SEED} 2")), "ok");
     assert!(guest.bytes() == pages(0, PAGES as usize));
+}
+
+#[test]
+fn a_fault_that_the_killed_pager_had_read_is_told_to_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let map = dir.path().join("missing");
+    let mut guest = Guest::new(1024);
+    let mut first = pager(&guest, "stall", &map);
+    assert_eq!(first.line(), "serving");
+    guest.process.send(&format!("verify {SEED} 1"));
+    // It has read the only thread's fault, and the kernel will not tell it again by itself.
+    first.wait_for("stalled");
+    first.kill();
+    let second = pager(&guest, "take-over", &map);
+    assert_eq!(guest.process.line(), "ok");
+    drop(second);
+}
+
+/// A pager in a process of its own.
+fn pager(guest: &Guest, how: &str, map: &Path) -> Fixture {
+    Fixture::spawn(&[
+        "pager",
+        how,
+        &guest.pid().to_string(),
+        &guest.fd.to_string(),
+        &guest.memory.blocks().to_string(),
+        &SEED.to_string(),
+        map.to_str().unwrap(),
+    ])
 }

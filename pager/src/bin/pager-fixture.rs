@@ -34,7 +34,9 @@ fn main() {
                 missing,
             );
         }
-        _ => panic!("usage: guest FD PAGES UID | pager arm|take-over PID FD PAGES SEED MISSING"),
+        _ => panic!(
+            "usage: guest FD PAGES UID | pager arm|stall|take-over PID FD PAGES SEED MISSING"
+        ),
     }
 }
 
@@ -261,8 +263,8 @@ impl FaultSink for Sink {
     }
 }
 
-/// Pages a guest in: faults first and, on another thread, everything else in order. Says how far
-/// it is.
+/// Pages a guest in: by faults and, if told to `arm`, on another thread everything in order.
+/// Says how far it is.
 fn pager(how: &str, pid: u32, fd: i32, pages: u32, seed: u64, missing: &str) {
     let file = File::options()
         .read(true)
@@ -274,7 +276,7 @@ fn pager(how: &str, pid: u32, fd: i32, pages: u32, seed: u64, missing: &str) {
     let (queue, faults) = mpsc::channel();
     let sink = Arc::new(Sink { queue });
     let config = PlacerConfig::default();
-    let placer = if how == "arm" {
+    let placer = if how != "take-over" {
         let map = MissingMap::create(Path::new(missing), &[pages]).expect("missing map");
         map.insert(0, &(0..pages).collect()).expect("in range");
         let uffd = attach::attach(pid, attach::Method::Syscall)
@@ -300,9 +302,15 @@ fn pager(how: &str, pid: u32, fd: i32, pages: u32, seed: u64, missing: &str) {
     std::thread::scope(|scope| {
         let push = &place;
         let placer = &placer;
+        let pushed = if how == "arm" {
+            placer.missing().to_bitmap(0)
+        } else {
+            // By faults alone.
+            roaring::RoaringBitmap::new()
+        };
         scope.spawn(move || {
             let mut data = [0; PAGE];
-            for block in placer.missing().to_bitmap(0) {
+            for block in pushed {
                 push(block, &mut data);
                 // The pace of a link, so that the guest's faults find something to wait for.
                 std::thread::sleep(Duration::from_micros(300));
@@ -311,6 +319,11 @@ fn pager(how: &str, pid: u32, fd: i32, pages: u32, seed: u64, missing: &str) {
         let mut data = [0; PAGE];
         while !placer.missing().is_empty() {
             match faults.recv_timeout(Duration::from_millis(5)) {
+                // Read, and never answered.
+                Ok(_) if how == "stall" && placed.load(Ordering::Relaxed) >= 100 => {
+                    say("stalled");
+                    std::thread::sleep(Duration::from_secs(3600));
+                }
                 Ok(block) => place(block, &mut data),
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(error) => panic!("{error}"),
