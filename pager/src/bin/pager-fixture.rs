@@ -276,7 +276,11 @@ fn pager(how: &str, pid: u32, fd: i32, pages: u32, seed: u64, missing: &str) {
     let (queue, faults) = mpsc::channel();
     let sink = Arc::new(Sink { queue });
     let config = PlacerConfig::default();
-    let placer = if how != "take-over" {
+    let placer = if how == "take-over" {
+        let map = MissingMap::open(Path::new(missing)).expect("missing map");
+        let uffd = attach::recover(pid).expect("recover").uffd;
+        Placer::take_over(uffd, pid, vec![region], Arc::new(map), sink, config)
+    } else {
         let map = MissingMap::create(Path::new(missing), &[pages]).expect("missing map");
         map.insert(0, &(0..pages).collect()).expect("in range");
         let uffd = attach::attach(pid, attach::Method::Syscall)
@@ -284,10 +288,6 @@ fn pager(how: &str, pid: u32, fd: i32, pages: u32, seed: u64, missing: &str) {
             .uffd;
         uffd.handshake(Features::PLACING).expect("handshake");
         Placer::arm(uffd, pid, vec![region], Arc::new(map), &[], sink, config)
-    } else {
-        let map = MissingMap::open(Path::new(missing)).expect("missing map");
-        let uffd = attach::recover(pid).expect("recover").uffd;
-        Placer::take_over(uffd, pid, vec![region], Arc::new(map), sink, config)
     };
     let placer = Arc::new(placer.expect("placer"));
     say("serving");
