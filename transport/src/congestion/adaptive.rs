@@ -12,13 +12,24 @@
 //! It is a window, not a rate, because the QUIC stack below paces at 1.25 · W / srtt on its own.
 //! With a gain a little above 1, W probes by itself: on a link with room to spare B grows with
 //! every round, on a full one the excess waits in the queue, 5 % of a round trip. A queue that stays
-//! longer than that belongs to someone else or to a wrong estimate: then W yields.
+//! longer than that belongs to someone else or to a wrong estimate: then W yields. While no queue
+//! shows at all, something else holds the sender back (late wake-ups, mostly), and the gain grows.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 /// Window over one bandwidth-delay product in steady state.
 const GAIN: f64 = 1.05;
+/// Largest gain, for senders whose pacing runs late: below it wakes once in a few milliseconds, and
+/// what a late wake-up does not send is not made up for, so that a window of one product would not
+/// be filled.
+const MAX_GAIN: f64 = 1.6;
+/// Change of the gain per round.
+const GAIN_STEP: f64 = 1.04;
+/// A queue of less than this share of the round trip says that the link is not full …
+const EMPTY: f64 = 0.02;
+/// … unless more than this is lost, as where a policer drops what a queue would hold.
+const EMPTY_LOSS: f64 = 0.05;
 /// Growth per round while the rate is unknown.
 const STARTUP_GAIN: f64 = 2.0;
 /// Window while a standing queue drains.
@@ -305,6 +316,13 @@ impl Adaptive {
         } else if lost > LOSS_LIMIT && rate < before * 0.9 && !self.round_limited {
             self.forget_rates_above(rate);
             self.drain();
+        } else if !self.round_limited {
+            let queue = self.round_rtt - self.min_rtt;
+            self.gain = if queue < EMPTY * self.min_rtt && lost < EMPTY_LOSS {
+                (self.gain * GAIN_STEP).min(MAX_GAIN)
+            } else {
+                (self.gain / GAIN_STEP).max(GAIN)
+            };
         }
     }
 
