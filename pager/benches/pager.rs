@@ -142,7 +142,7 @@ fn placing(criterion: &mut Criterion) {
                             for first in (0..PLACED).step_by(pages) {
                                 placer.place(0, first, &data[..pages * PAGE]).unwrap();
                             }
-                            let took = cpu_time() - begun;
+                            let took = cpu_time().saturating_sub(begun);
                             placer.disarm().unwrap();
                             took
                         })
@@ -159,7 +159,7 @@ fn placing(criterion: &mut Criterion) {
                         for first in (0..PLACED).step_by(64) {
                             guest.memory.write(first, &data).unwrap();
                         }
-                        cpu_time() - begun
+                        cpu_time().saturating_sub(begun)
                     })
                     .sum()
             });
