@@ -1,1 +1,43 @@
-//! An unmodified QEMU/KVM or QEMU/TCG virtual machine, over QMP and an external pager.
+//! An unmodified QEMU as a guest: driven over QMP, its RAM tracked and paged from outside.
+//!
+//! What the VM must be like, what is refused and how it works: `docs/qemu.md`. QEMU's own
+//! migration is used for device state only; its RAM never passes through it.
+//!
+//! - [`preflight`] finds out, without touching the guest, whether it can be moved; [`facts`] asks
+//!   QEMU, [`process`] asks `/proc`, [`compare`] holds the two sides against each other;
+//! - [`source`] and [`destination`] are the two ends of a migration; [`door`] is their way into
+//!   QEMU's address space, [`state`] carries the device state, [`launch`] starts a destination's
+//!   QEMU, [`record`] is what a killed destination leaves for the next one;
+//! - [`qmp`] and [`commands`] are the dialogue with QEMU.
+
+mod commands;
+pub mod compare;
+mod destination;
+mod door;
+pub mod facts;
+mod launch;
+pub mod preflight;
+pub mod process;
+pub mod qmp;
+mod record;
+mod source;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use destination::{QemuDestination, QemuDestinationOptions, QemuOrigin};
+pub use source::{QemuSource, QemuSourceOptions};
+
+use std::path::Path;
+
+use crate::guest::{GuestError, GuestResult};
+use preflight::{Inspection, Side};
+use qmp::Qmp;
+
+/// Connects to the monitor at `socket` and looks whether its guest can leave (or, for a QEMU that
+/// waits, whether one can come): `hybridmig check`. Changes nothing.
+pub fn inspect(socket: &Path, side: Side) -> GuestResult<Inspection> {
+    let qmp = Qmp::connect(socket)
+        .map_err(|error| GuestError::caused("cannot use the guest's QEMU", error))?;
+    preflight::inspect(&qmp, side)
+}

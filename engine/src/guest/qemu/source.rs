@@ -1,0 +1,284 @@
+//! A QEMU guest on the host that it leaves: dirty tracking from outside, `stop`, device state,
+//! `cont` if it has to stay. It must never run a guest that was released, and never leave one
+//! stopped without saying so.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hybridmig_pager::{RegionMemory, Tracker};
+use hybridmig_transport::message::{GuestDescription, RegionInfo};
+
+use super::commands::{Capability, Cont, QueryStatus, Quit, Stop};
+use super::door;
+use super::preflight::{self, Finding, Side};
+use super::process::QemuProcess;
+use super::qmp::Qmp;
+use super::state;
+use crate::blocks::{Blocks, RegionId};
+use crate::guest::{GuestError, GuestResult, SourceGuest};
+
+/// How long `stop` may take: it drains the guest's I/O.
+const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long QEMU may take to end.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a QEMU that ends is looked at.
+const QUIT_POLL: Duration = Duration::from_millis(5);
+
+/// What an operator can choose for a source.
+#[derive(Clone, Debug)]
+pub struct QemuSourceOptions {
+    /// How long after it was seen dirty a page is sent once more, when QEMU has files open with
+    /// O_DIRECT: must exceed the longest I/O.
+    pub direct_io_grace: Duration,
+    /// Whether QEMU stays, stopped, when the guest has left (otherwise it ends).
+    pub keep: bool,
+}
+
+impl Default for QemuSourceOptions {
+    fn default() -> Self {
+        Self {
+            direct_io_grace: Duration::from_secs(2),
+            keep: false,
+        }
+    }
+}
+
+/// A running QEMU guest that is to leave.
+pub struct QemuSource {
+    qmp: Qmp,
+    process: QemuProcess,
+    description: GuestDescription,
+    regions: Vec<RegionInfo>,
+    memory: Vec<Arc<RegionMemory>>,
+    findings: Vec<Finding>,
+    grace: Option<Duration>,
+    keep: bool,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    tracker: Option<Tracker>,
+    /// Whether the guest has been stopped: what a scan then finds is final.
+    frozen: bool,
+    /// Whether that final scan has been made.
+    settled: bool,
+    /// Found by a scan that was not asked for, to be reported by the next that is.
+    found: Blocks,
+    /// Capabilities to restore, while ours are set.
+    capabilities: Option<Vec<Capability>>,
+    released: bool,
+}
+
+impl QemuSource {
+    /// Connects to the monitor at `socket` and makes sure that the guest can leave. Changes nothing.
+    pub fn open(socket: &Path, options: &QemuSourceOptions) -> GuestResult<Self> {
+        let qmp = connect(socket)?;
+        let inspection = preflight::inspect(&qmp, Side::Source)?;
+        inspection.require()?;
+        let process = inspection
+            .process
+            .ok_or_else(|| GuestError::new("the process of QEMU was not found"))?;
+        Ok(Self {
+            process,
+            description: inspection.describe(),
+            regions: inspection.regions(),
+            findings: inspection.findings.clone(),
+            grace: (!inspection.direct_io.is_empty()).then_some(options.direct_io_grace),
+            keep: options.keep,
+            memory: inspection.into_memory()?,
+            qmp,
+            state: Mutex::default(),
+        })
+    }
+
+    /// What was found when it was opened.
+    pub fn findings(&self) -> &[Finding] {
+        &self.findings
+    }
+
+    /// The monitor.
+    pub fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run_state(&self) -> GuestResult<String> {
+        self.qmp
+            .execute(&QueryStatus {})
+            .map(|status| status.status)
+            .map_err(|error| GuestError::caused("cannot ask QEMU whether the guest runs", error))
+    }
+
+    fn wait_gone(&self) -> GuestResult<()> {
+        let deadline = Instant::now() + QUIT_TIMEOUT;
+        while self.process.is_alive() {
+            if Instant::now() > deadline {
+                return Err(GuestError::new(format!(
+                    "QEMU (process {}) was told to quit and did not within {} s",
+                    self.process.pid,
+                    QUIT_TIMEOUT.as_secs()
+                )));
+            }
+            thread::sleep(QUIT_POLL);
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    fn scan(&self) -> GuestResult<Blocks> {
+        let tracker = self
+            .tracker
+            .as_ref()
+            .ok_or_else(|| GuestError::new("dirty tracking has not been started"))?;
+        door::take_dirty(tracker, self.frozen)
+    }
+}
+
+impl SourceGuest for QemuSource {
+    fn describe(&self) -> &GuestDescription {
+        &self.description
+    }
+
+    fn regions(&self) -> &[RegionInfo] {
+        &self.regions
+    }
+
+    fn start_tracking(&self) -> GuestResult<Blocks> {
+        let mut state = self.lock();
+        // One that runs already would make the trap look like somebody else's.
+        state.tracker = None;
+        state.found = Blocks::new();
+        let (tracker, content) = door::track(&self.qmp, self.process, &self.memory, self.grace)?;
+        state.tracker = Some(tracker);
+        Ok(content)
+    }
+
+    fn take_dirty(&self) -> GuestResult<Blocks> {
+        let mut state = self.lock();
+        let mut dirty = state.scan()?;
+        dirty.union_with(&std::mem::take(&mut state.found));
+        state.settled = state.frozen;
+        Ok(dirty)
+    }
+
+    fn read(&self, region: RegionId, block: u32, buf: &mut [u8]) -> GuestResult<()> {
+        memory_of(&self.memory, region)?
+            .read(block, buf)
+            .map_err(|error| GuestError::caused("cannot read guest memory", error))
+    }
+
+    fn freeze(&self) -> GuestResult<()> {
+        let mut state = self.lock();
+        // Before the guest stops: setting them is no part of the downtime.
+        if state.capabilities.is_none() {
+            state.capabilities = Some(state::set_capabilities(&self.qmp)?);
+        }
+        self.qmp
+            .execute_within(&Stop {}, STOP_TIMEOUT)
+            .map_err(|error| GuestError::caused("cannot stop the guest", error))?;
+        match self.run_state()?.as_str() {
+            "paused" | "postmigrate" => {
+                state.frozen = true;
+                Ok(())
+            }
+            other => Err(GuestError::new(format!(
+                "the guest did not stop: its run state is {other}"
+            ))),
+        }
+    }
+
+    fn save_state(&self) -> GuestResult<Vec<u8>> {
+        let mut state = self.lock();
+        if !state.frozen {
+            return Err(GuestError::new("the guest has to be frozen first"));
+        }
+        let saved = state::save(&self.qmp)?;
+        if state.tracker.is_some() {
+            // Once the final scan was made, nothing may have been written any more.
+            let settled = state.settled;
+            let late = state.scan()?;
+            if settled && !late.is_empty() {
+                return Err(GuestError::new(format!(
+                    "QEMU wrote {} pages of the stopped guest's memory while it saved the state",
+                    late.len()
+                )));
+            }
+            state.found.union_with(&late);
+        }
+        Ok(saved)
+    }
+
+    fn thaw(&self) -> GuestResult<()> {
+        let mut state = self.lock();
+        if state.released {
+            return Err(GuestError::new(
+                "the guest has been released to the destination and must not run here",
+            ));
+        }
+        let failed = |error| {
+            GuestError::caused(
+                format!(
+                    "the guest could not be run again; it is stopped at {}: try QMP `cont`",
+                    self.qmp.socket().display()
+                ),
+                error,
+            )
+        };
+        state::cancel(&self.qmp).map_err(failed)?;
+        if self.run_state()? != "running" {
+            self.qmp.execute(&Cont {}).map_err(failed)?;
+        }
+        *state = State {
+            capabilities: state.capabilities.take(),
+            ..State::default()
+        };
+        if let Some(before) = state.capabilities.take() {
+            // The guest runs, which is what matters.
+            if let Err(error) = state::restore_capabilities(&self.qmp, before) {
+                tracing::warn!(error = error.chain(), "the guest runs again, but");
+            }
+        }
+        match self.run_state()?.as_str() {
+            "running" => Ok(()),
+            other => Err(GuestError::new(format!(
+                "QEMU was told to run the guest again, but its run state is {other}"
+            ))),
+        }
+    }
+
+    fn release(&self) -> GuestResult<()> {
+        let mut state = self.lock();
+        state.released = true;
+        state.tracker = None;
+        if self.keep {
+            return Ok(());
+        }
+        match self.qmp.execute(&Quit {}) {
+            Ok(_) => {}
+            // It may close the connection before its answer is read.
+            Err(error) if error.is_closed() => {}
+            Err(error) => return Err(GuestError::caused("cannot end QEMU", error)),
+        }
+        self.wait_gone()
+    }
+}
+
+pub(super) fn connect(socket: &Path) -> GuestResult<Qmp> {
+    Qmp::connect(socket).map_err(|error| GuestError::caused("cannot use the guest's QEMU", error))
+}
+
+pub(super) fn memory_of(
+    memory: &[Arc<RegionMemory>],
+    region: RegionId,
+) -> GuestResult<&Arc<RegionMemory>> {
+    memory
+        .get(usize::from(region.0))
+        .ok_or_else(|| GuestError::new(format!("the guest has no {region}")))
+}
