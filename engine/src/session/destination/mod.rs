@@ -4,7 +4,9 @@
 //! It must never run the guest before its acceptance is durable, nor say that it has declined while
 //! there is any way left that the guest could run here.
 
+mod config;
 mod handover;
+mod link;
 mod messages;
 mod postcopy;
 
@@ -12,44 +14,15 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use hybridmig_transport::message::{
-    Features, Message, Offer, Refusal, RefusalCode, ResumeTimings, SessionId,
+    Message, Offer, Refusal, RefusalCode, ResumeTimings, SessionId,
 };
 use serde::Serialize;
+
+pub use config::DestinationConfig;
 
 use super::io::{AppliedBatch, DestinationCommand, DestinationInput, DestinationOutcome, Phase};
 use super::ranges::Ranges;
 use crate::blocks::{Blocks, RegionId};
-
-/// What the operator and the driver set.
-#[derive(Clone, Debug)]
-pub struct DestinationConfig {
-    /// How long to wait for the source before the session ends without it.
-    pub patience: Duration,
-    /// How long to stay reachable after the session has been decided, for a source that has lost
-    /// the link and comes back to ask.
-    pub linger: Duration,
-    /// Longest time that an acknowledgement waits for others.
-    pub ack_interval: Duration,
-    /// Acknowledgements sent at once.
-    pub ack_batches: u32,
-    /// Bits of [`Features`] that this side has.
-    pub features: u64,
-    /// What the source is told of this software.
-    pub software: String,
-}
-
-impl Default for DestinationConfig {
-    fn default() -> Self {
-        Self {
-            patience: Duration::from_secs(600),
-            linger: Duration::from_secs(30),
-            ack_interval: Duration::from_millis(5),
-            ack_batches: 64,
-            features: Features::ALL,
-            software: concat!("hybridmig ", env!("CARGO_PKG_VERSION")).into(),
-        }
-    }
-}
 
 /// Where the session stands. Every state names what it waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -467,69 +440,6 @@ impl DestinationMachine {
         }
     }
 
-    fn connected(&mut self) {
-        if self.link != Link::Down {
-            self.link_lost();
-        }
-        self.link = Link::Greeting;
-    }
-
-    fn link_lost(&mut self) {
-        self.link = Link::Down;
-        self.status_owed = false;
-        self.acks = Ranges::default();
-        self.ack_count = 0;
-        self.ack_rejected.clear();
-        self.ack_due = None;
-        self.requested = Blocks::new();
-    }
-
-    fn disconnected(&mut self, now: Duration, reason: &str) {
-        let was_up = self.link == Link::Up;
-        self.link_lost();
-        if !was_up {
-            return;
-        }
-        let reason = format!("the link was lost before the handover: {reason}");
-        match self.state {
-            State::AwaitOffer | State::Checking | State::Preparing => {
-                self.decline_lost(now, reason);
-            }
-            State::Receiving if self.handover.is_none() => self.decline_lost(now, reason),
-            _ => {}
-        }
-    }
-
-    fn decline_lost(&mut self, now: Duration, reason: String) {
-        let outcome = DestinationOutcome::Cancelled {
-            reason: reason.clone(),
-        };
-        self.decline(now, refusal(RefusalCode::Other, reason), outcome, false);
-    }
-
-    fn close_link(&mut self, reason: String) {
-        if self.link != Link::Down {
-            self.command(DestinationCommand::CloseLink {
-                reason: reason.clone(),
-            });
-            self.warnings.push(reason);
-            self.link_lost();
-        }
-    }
-
-    /// The source sent what it may not. While nothing is accepted the guest is safest where it is;
-    /// after that only the link is given up.
-    fn violation(&mut self, now: Duration, what: &str) {
-        let reason = format!("the source broke the protocol: {what}");
-        if self.may_decline() {
-            let refusal = refusal(RefusalCode::Protocol, reason);
-            let outcome = DestinationOutcome::Refused(refusal.clone());
-            self.decline(now, refusal, outcome, false);
-        } else {
-            self.close_link(reason);
-        }
-    }
-
     /// Whether the acceptance has not been asked to be made durable.
     fn may_decline(&self) -> bool {
         matches!(
@@ -541,76 +451,6 @@ impl DestinationMachine {
                 | State::Arming
                 | State::Loading
         )
-    }
-
-    fn cancel(&mut self, now: Duration, reason: String) {
-        if self.state == State::Idle {
-            self.finish(DestinationOutcome::Cancelled { reason });
-        } else if self.may_decline() {
-            let outcome = DestinationOutcome::Cancelled {
-                reason: reason.clone(),
-            };
-            let refusal = refusal(
-                RefusalCode::Other,
-                format!("cancelled at the destination: {reason}"),
-            );
-            self.decline(now, refusal, outcome, false);
-        } else if self.state == State::Declined {
-            self.finish_declined();
-        } else if self.state == State::AwaitReleased {
-            self.finish(DestinationOutcome::Moved);
-        } else if self.state == State::PostCopy && self.link == Link::Down {
-            self.incomplete(format!("cancelled while the link was lost: {reason}"));
-        } else {
-            self.warnings.push(format!(
-                "too late to cancel ({reason}): the guest is this side's"
-            ));
-        }
-    }
-
-    fn deadline(&self) -> Option<Duration> {
-        let wait = match self.state {
-            State::AwaitOffer
-            | State::Receiving
-            | State::Arming
-            | State::Loading
-            | State::PostCopy => self.config.patience,
-            State::AwaitReleased if self.told_complete && self.link == Link::Down => {
-                self.config.linger
-            }
-            State::AwaitReleased => self.config.patience,
-            State::Declined => self.config.linger,
-            _ => return None,
-        };
-        Some(self.heard.saturating_add(wait))
-    }
-
-    fn timeout(&mut self, now: Duration) {
-        if self.deadline().is_none_or(|deadline| now < deadline) {
-            return;
-        }
-        let reason = format!(
-            "nothing was heard of the source for {} s",
-            self.config.patience.as_secs()
-        );
-        match self.state {
-            State::PostCopy => self.incomplete(reason),
-            State::AwaitReleased => {
-                self.warnings
-                    .push("the source did not say that it has released the guest".into());
-                self.finish(DestinationOutcome::Moved);
-            }
-            State::Declined => self.finish_declined(),
-            _ => self.decline_lost(now, reason),
-        }
-    }
-
-    fn incomplete(&mut self, reason: String) {
-        let reason = format!(
-            "{reason}; {} blocks are still at the source",
-            self.missing.len()
-        );
-        self.finish(DestinationOutcome::Incomplete { reason });
     }
 
     fn batch_applied(&mut self, now: Duration, batch: AppliedBatch) {

@@ -5,7 +5,10 @@
 //! has been sent the guest is thawed for one reason only, the destination's word that it has
 //! declined and always will.
 
+mod config;
+mod flights;
 mod handover;
+mod link;
 mod messages;
 mod postcopy;
 mod precopy;
@@ -15,10 +18,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use hybridmig_transport::message::{
-    Features, GuestDescription, Message, Mode, Offer, PROTOCOL_VERSION, Refusal, RefusalCode,
-    RegionInfo, SUPPORTED_VERSIONS, SessionId,
+    GuestDescription, Message, Offer, PROTOCOL_VERSION, RegionInfo, SUPPORTED_VERSIONS,
 };
 
+pub use config::SourceConfig;
 pub use progress::{PhaseCount, RoundReport, SourceFigures, SourceMilestones, SourceProgress};
 
 use super::io::{
@@ -26,74 +29,7 @@ use super::io::{
 };
 use super::rate::Estimator;
 use crate::blocks::{Blocks, RegionId};
-use crate::plan::{Decider, Heat, Limits, PushOrder};
-
-/// What the operator and the driver set.
-#[derive(Clone, Debug)]
-pub struct SourceConfig {
-    /// Name of the session.
-    pub session: SessionId,
-    /// How the phases are used.
-    pub mode: Mode,
-    /// Share of the populated blocks to move before the guest resumes (hybrid mode), 0 to 1.
-    pub mem_frac: Option<f64>,
-    /// Downtime never to exceed knowingly.
-    pub max_downtime: Option<Duration>,
-    /// Downtime to aim at.
-    pub target_downtime: Duration,
-    /// Pre-copy rounds at most, the first pass included.
-    pub max_rounds: u32,
-    /// How long to wait for the other side before the session ends without it.
-    pub patience: Duration,
-    /// Blocks per chunk.
-    pub chunk_blocks: usize,
-    /// Blocks fetched around a fault, beside the one asked for.
-    pub prefetch: u32,
-    /// Least bound on the bytes in flight on the bulk lane.
-    pub min_in_flight: u64,
-    /// Greatest bound on the bytes in flight on the bulk lane.
-    pub max_in_flight: u64,
-    /// Shortest time between two scans: scanning costs the guest speed.
-    pub min_round: Duration,
-    /// Only run the checks of both sides.
-    pub check_only: bool,
-    /// Bits of [`Features`] to offer.
-    pub features: u64,
-    /// What the destination is told of this software.
-    pub software: String,
-}
-
-impl SourceConfig {
-    /// The defaults for a session of this name.
-    pub fn new(session: SessionId, mode: Mode) -> Self {
-        Self {
-            session,
-            mode,
-            mem_frac: None,
-            max_downtime: None,
-            target_downtime: Duration::from_millis(300),
-            max_rounds: 30,
-            patience: Duration::from_secs(600),
-            chunk_blocks: 64,
-            prefetch: 24,
-            min_in_flight: 2 << 20,
-            max_in_flight: 256 << 20,
-            min_round: Duration::from_millis(100),
-            check_only: false,
-            features: Features::ALL,
-            software: concat!("hybridmig ", env!("CARGO_PKG_VERSION")).into(),
-        }
-    }
-
-    fn limits(&self) -> Limits {
-        Limits {
-            mode: self.mode,
-            target: self.target_downtime,
-            max_downtime: self.max_downtime,
-            max_rounds: self.max_rounds.max(1),
-        }
-    }
-}
+use crate::plan::{Decider, Heat, PushOrder};
 
 /// Where the session stands. Every state names what it waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -548,36 +484,6 @@ impl SourceMachine {
         self.command(SourceCommand::Finish(outcome));
     }
 
-    /// The destination sent what it may not.
-    fn violation(&mut self, what: &str) {
-        let reason = format!("the destination broke the protocol: {what}");
-        if self.before_offer() {
-            let refusal = Refusal {
-                code: RefusalCode::Protocol,
-                reasons: vec![reason],
-            };
-            self.send(Message::Refuse(refusal.clone()));
-            self.end_here(SourceOutcome::Refused(refusal));
-        } else {
-            self.drop_link(reason);
-        }
-    }
-
-    fn drop_link(&mut self, reason: String) {
-        if self.link != Link::Down {
-            self.command(SourceCommand::CloseLink {
-                reason: reason.clone(),
-            });
-            if self.state == State::Offering {
-                self.withdrawn.get_or_insert(SourceOutcome::Cancelled {
-                    reason: reason.clone(),
-                });
-            }
-            self.warnings.push(reason);
-            self.link_lost();
-        }
-    }
-
     /// Whether ownership has certainly not left, without anything having been promised.
     fn before_offer(&self) -> bool {
         matches!(
@@ -595,153 +501,6 @@ impl SourceMachine {
                 | State::LastScan
                 | State::FreezeCopy
         )
-    }
-
-    fn connected(&mut self, now: Duration) {
-        match self.state {
-            State::Idle => {
-                self.heard = now;
-                self.figures.milestones.connected = Some(now);
-                self.link = Link::Up;
-                self.enter(State::AwaitWelcome);
-                self.hello(false);
-            }
-            State::Offered | State::Accepting | State::PostCopy => {
-                if self.link != Link::Down {
-                    self.link_lost();
-                }
-                self.link = Link::Greeting;
-                self.figures.reconnects += 1;
-                self.hello(true);
-            }
-            _ => {}
-        }
-    }
-
-    fn hello(&mut self, resume: bool) {
-        self.send(Message::Hello {
-            versions: SUPPORTED_VERSIONS.to_vec(),
-            features: self.config.features,
-            software: self.config.software.clone(),
-            session: self.config.session,
-            resume,
-        });
-    }
-
-    fn disconnected(&mut self, _now: Duration, reason: &str) {
-        if self.link == Link::Down && self.state != State::Idle {
-            return;
-        }
-        self.link_lost();
-        let cancelled = SourceOutcome::Cancelled {
-            reason: format!("the link was lost before the handover: {reason}"),
-        };
-        if self.before_offer() {
-            self.end_here(cancelled);
-        } else if self.state == State::Offering {
-            self.withdrawn.get_or_insert(cancelled);
-        }
-    }
-
-    /// Forgets what was in flight; after the freeze it stays to be sent.
-    fn link_lost(&mut self) {
-        self.link = Link::Down;
-        self.estimator.interrupted();
-        self.in_flight_bytes = 0;
-        self.resumed_standing = None;
-        for (_, flight) in std::mem::take(&mut self.flights) {
-            if let (false, Some((region, blocks))) = (flight.applied, flight.contents) {
-                for block in blocks {
-                    if self.behind.contains(region, block) {
-                        self.remaining.insert(region, block);
-                    }
-                }
-            }
-        }
-        self.urgent.clear();
-        self.urgent_set = Blocks::new();
-        self.prefetch.clear();
-        if !self.before_offer() {
-            for (region, block) in std::mem::take(&mut self.resend).iter_blocks() {
-                if self.behind.contains(region, block) {
-                    self.remaining.insert(region, block);
-                }
-            }
-            self.order = PushOrder::new(&self.remaining, &self.heat);
-        }
-    }
-
-    fn cancel(&mut self, reason: String) {
-        if self.before_offer() {
-            self.end_here(SourceOutcome::Cancelled { reason });
-            return;
-        }
-        match self.state {
-            State::Offering => {
-                self.withdrawn
-                    .get_or_insert(SourceOutcome::Cancelled { reason });
-            }
-            State::Offered | State::Accepting | State::PostCopy if self.link == Link::Down => {
-                self.give_up(format!("cancelled while the link was lost: {reason}"));
-            }
-            _ => self.warnings.push(format!(
-                "too late to cancel ({reason}): ownership of the guest has been sent"
-            )),
-        }
-    }
-
-    /// Ends without the other side's word; the guest stays frozen.
-    fn give_up(&mut self, reason: String) {
-        let outcome = if self.state == State::Offered {
-            SourceOutcome::InDoubt { reason }
-        } else {
-            SourceOutcome::Incomplete { reason }
-        };
-        self.finish(outcome);
-    }
-
-    fn timeout(&mut self, now: Duration) {
-        if !self.waits_for_peer() || now < self.heard.saturating_add(self.config.patience) {
-            return;
-        }
-        let reason = format!(
-            "nothing was heard of the destination for {} s",
-            self.config.patience.as_secs()
-        );
-        if self.before_offer() {
-            self.end_here(SourceOutcome::Cancelled { reason });
-        } else {
-            self.give_up(reason);
-        }
-    }
-
-    fn failed(&mut self, now: Duration, error: String) {
-        let Some(command) = self.awaited.pop_front() else {
-            self.warnings.push(error);
-            return;
-        };
-        match (command, self.state) {
-            (Awaited::Journal, _) => self.journal_failed(now, error),
-            (Awaited::Thaw, State::Thawing) => {
-                let before = match self.ending.take() {
-                    Some(SourceOutcome::Cancelled { reason }) => format!(" (after: {reason})"),
-                    _ => String::new(),
-                };
-                self.finish(SourceOutcome::Failed {
-                    reason: format!("the guest could not be thawed: {error}{before}"),
-                });
-            }
-            (Awaited::Release, State::Releasing) => {
-                self.warnings.push(format!(
-                    "the guest has moved, but what is left of it here could not be ended: {error}"
-                ));
-                self.released();
-            }
-            _ if self.before_offer() => {
-                self.end_here(SourceOutcome::Cancelled { reason: error });
-            }
-            _ => self.warnings.push(error),
-        }
     }
 
     /// Takes the steps that need no input, only that something has run empty.
@@ -768,89 +527,6 @@ impl SourceMachine {
             }
             _ => {}
         }
-    }
-
-    /// Allots a batch.
-    fn chunk(&mut self, lane: Lane, kind: ChunkKind, body: ChunkBody, may_refer: bool) -> Chunk {
-        let batch = self.next_batch;
-        self.next_batch += 1;
-        let (blocks, bytes) = match &body {
-            ChunkBody::Blocks { blocks, .. } => {
-                let blocks = blocks.len() as u64;
-                (
-                    blocks,
-                    (blocks as f64 * self.estimator.bytes_per_block()) as u64,
-                )
-            }
-            ChunkBody::State { len, .. } => (0, u64::from(*len)),
-        };
-        let contents = match &body {
-            ChunkBody::Blocks { region, blocks } if kind != ChunkKind::PreCopy => {
-                Some((*region, blocks.clone()))
-            }
-            _ => None,
-        };
-        self.figures.count(kind).blocks += blocks;
-        self.figures.count(kind).chunks += 1;
-        self.in_flight_bytes += bytes;
-        self.flights.insert(
-            batch,
-            Flight {
-                bytes,
-                sent: false,
-                applied: false,
-                kind,
-                blocks,
-                contents,
-            },
-        );
-        Chunk {
-            batch,
-            pass: self.pass,
-            lane,
-            body,
-            may_refer,
-        }
-    }
-
-    fn sent(&mut self, batch: u64, bytes: u64) {
-        let Some(flight) = self.flights.get_mut(&batch) else {
-            // Of a link that is gone: it was sent all the same.
-            self.figures.lost_bytes += bytes;
-            return;
-        };
-        if std::mem::replace(&mut flight.sent, true) {
-            return;
-        }
-        let (kind, blocks) = (flight.kind, flight.blocks);
-        if flight.applied {
-            self.flights.remove(&batch);
-        } else {
-            self.in_flight_bytes = self.in_flight_bytes - flight.bytes + bytes;
-            flight.bytes = bytes;
-        }
-        self.figures.count(kind).bytes += bytes;
-        self.estimator.sent(blocks, bytes);
-    }
-
-    /// The bound on the bulk lane, so that a freeze never waits behind a deep queue and the pipe
-    /// never runs empty: 2.5 × bandwidth × RTT.
-    fn in_flight_limit(&self) -> u64 {
-        let product = 2.5 * self.estimator.ceiling() * self.estimator.rtt().as_secs_f64();
-        (product as u64).clamp(
-            self.config.min_in_flight,
-            self.config.max_in_flight.max(self.config.min_in_flight),
-        )
-    }
-
-    fn bulk_has_room(&self) -> bool {
-        self.flights.len() < MAX_FLIGHTS && self.in_flight_bytes < self.in_flight_limit()
-    }
-
-    /// What may still be in flight at the freeze: one bandwidth × delay.
-    fn drained(&self) -> u64 {
-        let product = self.estimator.bandwidth() * self.estimator.rtt().as_secs_f64();
-        (product as u64).max(self.config.min_in_flight / 8)
     }
 
     fn offer(&self) -> Offer {

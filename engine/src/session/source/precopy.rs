@@ -2,13 +2,10 @@
 
 use std::time::Duration;
 
-use super::{
-    ChunkBody, ChunkKind, Flight, Lane, RegionId, RoundReport, RoundStart, SourceMachine, State,
-};
+use super::{ChunkBody, ChunkKind, Lane, RoundReport, RoundStart, SourceMachine, State};
 use crate::blocks::Blocks;
 use crate::plan::{RoundFigures, Share, Verdict};
 use crate::session::io::{Chunk, SourceOutcome};
-use crate::session::pieces;
 use hybridmig_transport::message::Mode;
 
 impl SourceMachine {
@@ -140,59 +137,5 @@ impl SourceMachine {
             State::Offered | State::Accepting | State::PostCopy => self.push_chunk(),
             _ => None,
         }
-    }
-
-    /// Batches have been applied; some blocks of them must come again in full.
-    pub(super) fn applied(
-        &mut self,
-        now: Duration,
-        batches: &[(u64, u64)],
-        rejected: &[(RegionId, u32)],
-    ) {
-        for (start, end) in batches {
-            if start >= end || *end > self.next_batch {
-                self.violation(&format!("it applied batches {start}..{end}, never sent"));
-                return;
-            }
-        }
-        for (region, block) in rejected {
-            if let Err(what) = pieces::check(&self.regions, *region, Some(*block)) {
-                self.violation(&what);
-                return;
-            }
-        }
-        let mut bytes = 0;
-        for (start, end) in batches {
-            let ids: Vec<u64> = self
-                .flights
-                .range(*start..*end)
-                .map(|(id, _)| *id)
-                .collect();
-            for id in ids {
-                bytes += self.flight_applied(id);
-            }
-        }
-        self.estimator.applied(now, bytes, self.in_flight_bytes > 0);
-        for (region, block) in rejected {
-            self.figures.rejected += 1;
-            self.resend.insert(*region, *block);
-            // Sent once, from there.
-            self.remaining.remove(*region, *block);
-        }
-    }
-
-    fn flight_applied(&mut self, id: u64) -> u64 {
-        let Some(flight) = self.flights.get_mut(&id) else {
-            return 0;
-        };
-        let Flight { bytes, sent, .. } = *flight;
-        if std::mem::replace(&mut flight.applied, true) {
-            return 0;
-        }
-        self.in_flight_bytes -= bytes;
-        if sent {
-            self.flights.remove(&id);
-        }
-        bytes
     }
 }

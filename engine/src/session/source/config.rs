@@ -1,0 +1,74 @@
+//! What the operator and the driver set for a source.
+
+use std::time::Duration;
+
+use hybridmig_transport::message::{Features, Mode, SessionId};
+
+use crate::plan::Limits;
+
+/// What the operator and the driver set.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// Name of the session.
+    pub session: SessionId,
+    /// How the phases are used.
+    pub mode: Mode,
+    /// Share of the populated blocks to move before the guest resumes (hybrid mode), 0 to 1.
+    pub mem_frac: Option<f64>,
+    /// Downtime never to exceed knowingly.
+    pub max_downtime: Option<Duration>,
+    /// Downtime to aim at.
+    pub target_downtime: Duration,
+    /// Pre-copy rounds at most, the first pass included.
+    pub max_rounds: u32,
+    /// How long to wait for the other side before the session ends without it.
+    pub patience: Duration,
+    /// Blocks per chunk.
+    pub chunk_blocks: usize,
+    /// Blocks fetched around a fault, beside the one asked for.
+    pub prefetch: u32,
+    /// Least bound on the bytes in flight on the bulk lane.
+    pub min_in_flight: u64,
+    /// Greatest bound on the bytes in flight on the bulk lane.
+    pub max_in_flight: u64,
+    /// Shortest time between two scans: scanning costs the guest speed.
+    pub min_round: Duration,
+    /// Only run the checks of both sides.
+    pub check_only: bool,
+    /// Bits of [`Features`] to offer.
+    pub features: u64,
+    /// What the destination is told of this software.
+    pub software: String,
+}
+
+impl SourceConfig {
+    /// The defaults for a session of this name.
+    pub fn new(session: SessionId, mode: Mode) -> Self {
+        Self {
+            session,
+            mode,
+            mem_frac: None,
+            max_downtime: None,
+            target_downtime: Duration::from_millis(300),
+            max_rounds: 30,
+            patience: Duration::from_secs(600),
+            chunk_blocks: 64,
+            prefetch: 24,
+            min_in_flight: 2 << 20,
+            max_in_flight: 256 << 20,
+            min_round: Duration::from_millis(100),
+            check_only: false,
+            features: Features::ALL,
+            software: concat!("hybridmig ", env!("CARGO_PKG_VERSION")).into(),
+        }
+    }
+
+    pub(super) fn limits(&self) -> Limits {
+        Limits {
+            mode: self.mode,
+            target: self.target_downtime,
+            max_downtime: self.max_downtime,
+            max_rounds: self.max_rounds.max(1),
+        }
+    }
+}

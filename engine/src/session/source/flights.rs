@@ -1,0 +1,153 @@
+//! Chunks on their way: batch ids, bytes in flight and their bound, acknowledgements.
+
+use std::time::Duration;
+
+use super::{ChunkBody, ChunkKind, Flight, MAX_FLIGHTS, SourceMachine};
+use crate::blocks::RegionId;
+use crate::session::io::{Chunk, Lane};
+use crate::session::pieces;
+
+impl SourceMachine {
+    /// Allots a batch.
+    pub(super) fn chunk(
+        &mut self,
+        lane: Lane,
+        kind: ChunkKind,
+        body: ChunkBody,
+        may_refer: bool,
+    ) -> Chunk {
+        let batch = self.next_batch;
+        self.next_batch += 1;
+        let (blocks, bytes) = match &body {
+            ChunkBody::Blocks { blocks, .. } => {
+                let blocks = blocks.len() as u64;
+                (
+                    blocks,
+                    (blocks as f64 * self.estimator.bytes_per_block()) as u64,
+                )
+            }
+            ChunkBody::State { len, .. } => (0, u64::from(*len)),
+        };
+        let contents = match &body {
+            ChunkBody::Blocks { region, blocks } if kind != ChunkKind::PreCopy => {
+                Some((*region, blocks.clone()))
+            }
+            _ => None,
+        };
+        self.figures.count(kind).blocks += blocks;
+        self.figures.count(kind).chunks += 1;
+        self.in_flight_bytes += bytes;
+        self.flights.insert(
+            batch,
+            Flight {
+                bytes,
+                sent: false,
+                applied: false,
+                kind,
+                blocks,
+                contents,
+            },
+        );
+        Chunk {
+            batch,
+            pass: self.pass,
+            lane,
+            body,
+            may_refer,
+        }
+    }
+
+    pub(super) fn sent(&mut self, batch: u64, bytes: u64) {
+        let Some(flight) = self.flights.get_mut(&batch) else {
+            // Of a link that is gone: it was sent all the same.
+            self.figures.lost_bytes += bytes;
+            return;
+        };
+        if std::mem::replace(&mut flight.sent, true) {
+            return;
+        }
+        let (kind, blocks) = (flight.kind, flight.blocks);
+        if flight.applied {
+            self.flights.remove(&batch);
+        } else {
+            self.in_flight_bytes = self.in_flight_bytes - flight.bytes + bytes;
+            flight.bytes = bytes;
+        }
+        self.figures.count(kind).bytes += bytes;
+        self.estimator.sent(blocks, bytes);
+    }
+
+    /// The bound on the bulk lane, so that a freeze never waits behind a deep queue and the pipe
+    /// never runs empty: 2.5 × bandwidth × RTT.
+    pub(super) fn in_flight_limit(&self) -> u64 {
+        let product = 2.5 * self.estimator.ceiling() * self.estimator.rtt().as_secs_f64();
+        (product as u64).clamp(
+            self.config.min_in_flight,
+            self.config.max_in_flight.max(self.config.min_in_flight),
+        )
+    }
+
+    pub(super) fn bulk_has_room(&self) -> bool {
+        self.flights.len() < MAX_FLIGHTS && self.in_flight_bytes < self.in_flight_limit()
+    }
+
+    /// What may still be in flight at the freeze: one bandwidth × delay.
+    pub(super) fn drained(&self) -> u64 {
+        let product = self.estimator.bandwidth() * self.estimator.rtt().as_secs_f64();
+        (product as u64).max(self.config.min_in_flight / 8)
+    }
+
+    /// Batches have been applied; some blocks of them must come again in full.
+    pub(super) fn applied(
+        &mut self,
+        now: Duration,
+        batches: &[(u64, u64)],
+        rejected: &[(RegionId, u32)],
+    ) {
+        for (start, end) in batches {
+            if start >= end || *end > self.next_batch {
+                self.violation(&format!("it applied batches {start}..{end}, never sent"));
+                return;
+            }
+        }
+        for (region, block) in rejected {
+            if let Err(what) = pieces::check(&self.regions, *region, Some(*block)) {
+                self.violation(&what);
+                return;
+            }
+        }
+        let mut bytes = 0;
+        for (start, end) in batches {
+            let ids: Vec<u64> = self
+                .flights
+                .range(*start..*end)
+                .map(|(id, _)| *id)
+                .collect();
+            for id in ids {
+                bytes += self.flight_applied(id);
+            }
+        }
+        self.estimator.applied(now, bytes, self.in_flight_bytes > 0);
+        for (region, block) in rejected {
+            self.figures.rejected += 1;
+            self.resend.insert(*region, *block);
+            // Sent once, from there.
+            self.remaining.remove(*region, *block);
+        }
+    }
+
+    pub(super) fn flight_applied(&mut self, id: u64) -> u64 {
+        let Some(flight) = self.flights.get_mut(&id) else {
+            return 0;
+        };
+        let Flight { bytes, sent, .. } = *flight;
+        if std::mem::replace(&mut flight.applied, true) {
+            return 0;
+        }
+        self.in_flight_bytes -= bytes;
+        if sent {
+            self.flights.remove(&id);
+        }
+        bytes
+    }
+}
