@@ -51,7 +51,9 @@ impl Heat {
     /// A scan has found `dirty`.
     pub fn scanned(&mut self, dirty: &Blocks) {
         for bytes in &mut self.regions {
-            bytes.iter_mut().for_each(|byte| *byte >>= 1);
+            for byte in bytes {
+                *byte >>= 1;
+            }
         }
         for (region, set) in dirty.iter() {
             let Some(bytes) = self.regions.get_mut(usize::from(region.0)) else {

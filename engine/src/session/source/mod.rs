@@ -506,11 +506,11 @@ impl SourceMachine {
     /// Takes the steps that need no input, only that something has run empty.
     fn advance(&mut self, now: Duration) {
         match self.state {
-            State::Round if self.pending.is_empty() && self.resend.is_empty() => {
-                if now >= self.next_scan() {
-                    self.enter(State::Scanning);
-                    self.command(SourceCommand::Scan);
-                }
+            State::Round
+                if self.pending.is_empty() && self.resend.is_empty() && now >= self.next_scan() =>
+            {
+                self.enter(State::Scanning);
+                self.command(SourceCommand::Scan);
             }
             State::Draining if self.in_flight_bytes <= self.drained() => {
                 self.enter(State::Freezing);
