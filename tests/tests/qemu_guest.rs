@@ -2,6 +2,7 @@
 //! network. What decides is the guest's own memory checker.
 
 use std::collections::BTreeSet;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
@@ -20,6 +21,8 @@ use hybridmig_transport::message::{Mode, Offer};
 use nix::sys::signal::Signal;
 
 const PAGE: usize = 4096;
+/// The user without any rights, on Debian.
+const NOBODY: u32 = 65534;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A small guest, so that a test is over in seconds.
@@ -318,9 +321,17 @@ fn a_frozen_guest_thaws_after_its_state_was_saved_twice() -> Result<()> {
 
 #[test]
 fn a_guest_moves_there_and_back_again() -> Result<()> {
-    let config = small();
+    let config = VmConfig {
+        machine: "pc-q35-7.2".to_owned(),
+        ..small()
+    };
     let a = Vm::boot(&config)?;
-    let b = Vm::start(&config.incoming("destination"))?;
+    // Another version of QEMU may be named; otherwise it is the same.
+    let other = VmConfig {
+        qemu: std::env::var_os("HYBRIDMIG_TEST_OTHER_QEMU").map_or(config.qemu.clone(), Into::into),
+        ..config.incoming("destination")
+    };
+    let b = Vm::start(&other)?;
     let faults = Arc::new(Faults::default());
     let source = open(&a)?;
     let destination = waiting(&b, None);
@@ -394,9 +405,10 @@ fn exec_starts_a_destination_with_what_it_needs() -> Result<()> {
     // It outlives the object; end it the way an operator would.
     let monitor = destination.monitor().context("a monitor")?;
     drop(destination);
-    let mut monitor = hybridmig_tests::Qmp::connect(&monitor, PATIENCE)?;
-    ensure!(monitor.status()? == "running");
-    monitor.execute("quit", serde_json::json!({}))?;
+    let mut qmp = hybridmig_tests::Qmp::connect(&monitor, PATIENCE)?;
+    ensure!(qmp.status()? == "running");
+    qmp.execute("quit", serde_json::json!({}))?;
+    std::fs::remove_dir_all(monitor.parent().context("a folder")?)?;
     Ok(())
 }
 
@@ -556,8 +568,11 @@ fn an_unprivileged_qemu_gets_its_userfaultfd_from_us() -> Result<()> {
     }
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("qmp");
+    std::os::unix::fs::chown(folder.path(), Some(NOBODY), Some(NOBODY))?;
     let mut command = Command::new("qemu-system-x86_64");
     command
+        .uid(NOBODY)
+        .gid(NOBODY)
         .args([
             "-nodefaults",
             "-display",
@@ -565,7 +580,7 @@ fn an_unprivileged_qemu_gets_its_userfaultfd_from_us() -> Result<()> {
             "-machine",
             "q35,memory-backend=ram",
         ])
-        .args(["-m", "64", "-runas", "nobody", "-object"])
+        .args(["-m", "64", "-object"])
         .arg("memory-backend-file,id=ram,size=64M,mem-path=/dev/shm,share=on")
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", socket.display()));

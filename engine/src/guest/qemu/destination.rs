@@ -12,7 +12,7 @@ use std::time::Duration;
 use hybridmig_pager::{MissingMap, Placer, RegionMemory};
 use hybridmig_transport::message::{GuestDescription, Offer, Refusal, RefusalCode, RegionInfo};
 
-use super::commands::{Cont, QueryStatus, Quit, Stop};
+use super::commands::{Cont, QueryStatus, Stop};
 use super::compare;
 use super::door::{self, Door};
 use super::launch::{Launched, RamBlock, printable};
@@ -20,7 +20,7 @@ use super::preflight::{self, Level, Side};
 use super::process::{Mapping, QemuProcess};
 use super::qmp::Qmp;
 use super::record::{self, Progress, Record};
-use super::source::{connect, memory_of};
+use super::source::{connect, end, memory_of};
 use super::state;
 use crate::blocks::{Blocks, RegionId};
 use crate::guest::{BlockedTime, DestinationGuest, FaultSink, GuestError, GuestResult};
@@ -542,18 +542,14 @@ impl Host {
 
     /// Ends QEMU.
     fn quit(&self) -> GuestResult<()> {
-        match self.qmp()?.execute(&Quit {}) {
-            Ok(_) => Ok(()),
-            Err(error) if error.is_closed() => Ok(()),
-            Err(error) => Err(GuestError::caused(
-                format!(
-                    "cannot end the QEMU (process {}) that has loaded the guest's state: end it by \
-                     hand and never run it",
-                    self.process.pid
-                ),
+        let qmp = self.qmp();
+        end(self.process, qmp.as_deref()).map_err(|error| {
+            GuestError::caused(
+                "the QEMU that has begun to load the guest's state is still there: end it by hand \
+                 and never run it",
                 error,
-            )),
-        }
+            )
+        })
     }
 
     fn lock_paging(&self) -> MutexGuard<'_, Option<Arc<Paging>>> {

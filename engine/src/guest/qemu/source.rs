@@ -114,21 +114,6 @@ impl QemuSource {
             .map(|status| status.status)
             .map_err(|error| GuestError::caused("cannot ask QEMU whether the guest runs", error))
     }
-
-    fn wait_gone(&self) -> GuestResult<()> {
-        let deadline = Instant::now() + QUIT_TIMEOUT;
-        while self.process.is_alive() {
-            if Instant::now() > deadline {
-                return Err(GuestError::new(format!(
-                    "QEMU (process {}) was told to quit and did not within {} s",
-                    self.process.pid,
-                    QUIT_TIMEOUT.as_secs()
-                )));
-            }
-            thread::sleep(QUIT_POLL);
-        }
-        Ok(())
-    }
 }
 
 impl State {
@@ -260,14 +245,31 @@ impl SourceGuest for QemuSource {
         if self.keep {
             return Ok(());
         }
-        match self.qmp.execute(&Quit {}) {
-            Ok(_) => {}
-            // It may close the connection before its answer is read.
-            Err(error) if error.is_closed() => {}
-            Err(error) => return Err(GuestError::caused("cannot end QEMU", error)),
-        }
-        self.wait_gone()
+        end(self.process, Ok(&self.qmp))
     }
+}
+
+/// Ends QEMU and waits until it is gone.
+pub(super) fn end(process: QemuProcess, qmp: Result<&Qmp, &GuestError>) -> GuestResult<()> {
+    let told = match qmp {
+        Ok(qmp) => qmp.execute(&Quit {}).map(drop).map_err(|e| e.to_string()),
+        Err(error) => Err(error.chain()),
+    };
+    // It may be ending by itself already, and break off any dialogue.
+    let deadline = Instant::now() + QUIT_TIMEOUT;
+    while process.is_alive() {
+        if Instant::now() > deadline {
+            return Err(GuestError::new(format!(
+                "QEMU (process {}) did not end within {} s of `quit`{}",
+                process.pid,
+                QUIT_TIMEOUT.as_secs(),
+                told.err()
+                    .map_or_else(String::new, |why| format!(" ({why})"))
+            )));
+        }
+        thread::sleep(QUIT_POLL);
+    }
+    Ok(())
 }
 
 pub(super) fn connect(socket: &Path) -> GuestResult<Qmp> {
