@@ -135,6 +135,7 @@ pub struct Downtime {
 
 impl Downtime {
     /// Fills in the destination's parts.
+    #[must_use]
     pub fn with_resume(mut self, timings: &ResumeTimings) -> Self {
         let seconds = |us: u64| Duration::from_micros(us).as_secs_f64();
         self.discard = seconds(timings.discard_us);

@@ -6,6 +6,7 @@
 pub mod console;
 pub mod image;
 pub mod keeper;
+pub mod migration;
 pub mod process;
 pub mod qmp;
 pub mod transcript;

@@ -341,7 +341,7 @@ impl Driver {
                     if self.tasks.is_some()
                         && let Some(link) = self.last_link.clone()
                     {
-                        self.plane.fetch(link, region, blocks);
+                        ApplyPlane::fetch(link, region, blocks);
                     }
                 }
                 DestinationCommand::CloseLink { reason } => {

@@ -67,7 +67,11 @@ enum Stage {
     /// Written by pass.
     Write(Box<Mutex<Ledger>>),
     /// Placed where missing.
-    Place(Arc<MissingMap>),
+    Place {
+        missing: Arc<MissingMap>,
+        /// What is of an earlier pass belongs to what the handover superseded.
+        first_pass: u32,
+    },
 }
 
 #[derive(Default)]
@@ -139,7 +143,7 @@ impl ApplyPlane {
     }
 
     /// Asks for blocks on the urgent lane.
-    pub fn fetch(&self, link: Link, region: RegionId, blocks: Vec<u32>) {
+    pub fn fetch(link: Link, region: RegionId, blocks: Vec<u32>) {
         tokio::spawn(async move {
             let fetch = Message::Fetch { region, blocks };
             if let Err(error) = link.send_message(Lane::Urgent, &fetch).await {
@@ -184,7 +188,10 @@ impl ApplyPlane {
             .arm(&missing, &written, desk.clone())
             .map_err(|error| format!("arming the pager: {}", error.chain()))?;
         self.desk.set(desk).map_err(|_| "armed twice".to_owned())?;
-        *stage = Stage::Place(map);
+        *stage = Stage::Place {
+            missing: map,
+            first_pass: postcopy_pass,
+        };
         Ok(DestinationInput::Armed { missing })
     }
 
@@ -318,10 +325,14 @@ impl ApplyPlane {
                 };
                 (batch.apply(&mut target), true)
             }
-            Stage::Place(map) => {
+            Stage::Place {
+                missing,
+                first_pass,
+            } => {
                 let mut target = Placing {
                     plane: self,
-                    map,
+                    map: missing,
+                    first_pass: *first_pass,
                     applied: &mut applied,
                 };
                 (batch.apply(&mut target), false)
@@ -422,6 +433,7 @@ impl BatchTarget for Writing<'_> {
 struct Placing<'a> {
     plane: &'a ApplyPlane,
     map: &'a MissingMap,
+    first_pass: u32,
     applied: &'a mut AppliedBatch,
 }
 
@@ -440,8 +452,8 @@ impl Placing<'_> {
 impl BatchTarget for Placing<'_> {
     type Error = GuestError;
 
-    fn admit(&mut self, region: RegionId, block: u32, _pass: u32) -> bool {
-        self.map.contains(region.0, block)
+    fn admit(&mut self, region: RegionId, block: u32, pass: u32) -> bool {
+        pass >= self.first_pass && self.map.contains(region.0, block)
     }
 
     fn read(&mut self, _: RegionId, _: u32, buffer: &mut [u8]) -> GuestResult<()> {

@@ -36,7 +36,7 @@ pub enum DriverError {
         target: SocketAddr,
         /// Why it failed.
         #[source]
-        source: TransportError,
+        source: Box<TransportError>,
     },
     /// Cancelled while dialing.
     #[error("cancelled before the destination was reached: {reason}")]

@@ -82,7 +82,7 @@ pub async fn run(
     };
     let link = dialed.map_err(|source| DriverError::Connect {
         target: job.target,
-        source,
+        source: Box::new(source),
     })?;
 
     let machine = SourceMachine::new(
@@ -160,7 +160,9 @@ impl Driver {
                     cancel_seen = true;
                     SourceInput::Cancel { reason }
                 }
-                link = redial.run(&self.job.endpoint, self.job.target), if self.tasks.is_none() && self.plane.wants_link() => {
+                link = redial.run(&self.job.endpoint, self.job.target),
+                    if self.tasks.is_none() && self.plane.wants_link() =>
+                {
                     self.reconnects += 1;
                     self.adopt(link).await;
                     continue;

@@ -32,11 +32,11 @@ const IDLE: Duration = Duration::from_millis(20);
 #[derive(Clone, Debug, Default)]
 pub struct Traffic {
     /// Pre-copy.
-    pub pre_copy: CodecStats,
+    pub pre: CodecStats,
     /// Freeze set and device state.
-    pub freeze_copy: CodecStats,
+    pub freeze: CodecStats,
     /// Demand-paged and pushed.
-    pub post_copy: CodecStats,
+    pub post: CodecStats,
 }
 
 /// State shared by the driver, the encoding threads and the sending tasks.
@@ -304,11 +304,11 @@ impl DataPlane {
         self.made.fetch_max(chunk.batch + 1, Ordering::Relaxed);
         let mut traffic = self.traffic.lock().expect("not poisoned");
         let counter = match (phase, chunk.lane) {
-            (Phase::Negotiation | Phase::PreCopy, _) => &mut traffic.pre_copy,
+            (Phase::Negotiation | Phase::PreCopy, _) => &mut traffic.pre,
             // What is pushed before the answer to the handover stays behind by the plan.
-            (Phase::FreezeCopy, Lane::Bulk) => &mut traffic.post_copy,
-            (Phase::FreezeCopy, _) => &mut traffic.freeze_copy,
-            (Phase::PostCopy | Phase::Done, _) => &mut traffic.post_copy,
+            (Phase::FreezeCopy, Lane::Bulk) => &mut traffic.post,
+            (Phase::FreezeCopy, _) => &mut traffic.freeze,
+            (Phase::PostCopy | Phase::Done, _) => &mut traffic.post,
         };
         counter.merge(&stats);
         Ok(encoded)

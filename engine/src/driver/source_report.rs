@@ -137,9 +137,9 @@ pub fn build(facts: &Facts<'_>, sampler: &Sampler) -> Report {
     }
     let traffic = facts.plane.traffic();
     report.traffic = vec![
-        phase("pre-copy", &traffic.pre_copy),
-        phase("freeze-copy", &traffic.freeze_copy),
-        phase("post-copy", &traffic.post_copy),
+        phase("pre-copy", &traffic.pre),
+        phase("freeze-copy", &traffic.freeze),
+        phase("post-copy", &traffic.post),
     ];
     let running = marks
         .accepted

@@ -1,0 +1,88 @@
+//! `hybridmig send`.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use hybridmig_engine::driver::source::{self, SourceJob};
+use hybridmig_engine::guest::SourceGuest;
+use hybridmig_engine::guest::qemu::{QemuSource, QemuSourceOptions};
+use hybridmig_engine::guest::workload::WorkloadSource;
+use hybridmig_engine::session::source::SourceConfig;
+use hybridmig_transport::endpoint::Endpoint;
+use hybridmig_transport::error::CloseCode;
+use hybridmig_transport::message::SessionId;
+use tokio::sync::watch;
+
+use super::{
+    cancel_on_signals, identity_and_trust, resolve_host, runtime, source_code, state_dir,
+    transport_config, write_report,
+};
+use crate::cli::{SendArgs, SourceGuestArgs};
+use crate::progress::SourceView;
+use crate::show;
+
+/// Moves the guest.
+pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
+    let (identity, trust) = identity_and_trust(&args.trust)?;
+    let state_dir = state_dir(args.output.state_dir.as_deref())?;
+    let guest = open(&args.guest)?;
+    let config = SourceConfig {
+        mem_frac: args.mem_frac,
+        max_downtime: args.max_downtime,
+        max_rounds: args.max_rounds,
+        prefetch: args.prefetch,
+        patience: args.link.patience,
+        ..SourceConfig::new(new_session()?, args.mode)
+    };
+    let run = runtime()?.block_on(async {
+        let cancel = cancel_on_signals()?;
+        let target = resolve_host(&args.to).await?;
+        let endpoint = Arc::new(Endpoint::client(
+            &identity,
+            trust,
+            &transport_config(&args.link),
+        )?);
+        let (progress, shown) = watch::channel(None);
+        let view = SourceView::start(shown, args.output.quiet, args.mode);
+        let job = SourceJob {
+            guest,
+            endpoint: endpoint.clone(),
+            target,
+            config,
+            state_dir,
+            level: args.level,
+        };
+        let run = source::run(job, cancel, progress).await;
+        view.finish().await;
+        endpoint.close(CloseCode::DONE, "the process ends");
+        endpoint.wait_idle().await;
+        run.context("nothing was moved; the guest was not touched")
+    })?;
+    write_report(&run.report, &args.output)?;
+    if args.output.json.as_deref() != Some(Path::new("-")) {
+        print!("{}", show::source(&run.outcome, &run.report));
+    }
+    Ok(source_code(&run.outcome))
+}
+
+/// Attaches to the guest that the operator means.
+pub fn open(args: &SourceGuestArgs) -> anyhow::Result<Arc<dyn SourceGuest>> {
+    match (&args.qmp, &args.workload) {
+        (Some(qmp), _) => Ok(Arc::new(QemuSource::open(
+            qmp,
+            &QemuSourceOptions::default(),
+        )?)),
+        (_, Some(control)) => Ok(Arc::new(WorkloadSource::attach(control)?)),
+        (None, None) => unreachable!("clap wants one of the two"),
+    }
+}
+
+/// A new random session.
+pub fn new_session() -> anyhow::Result<SessionId> {
+    let mut id = [0; 8];
+    let mut random = std::fs::File::open("/dev/urandom").context("cannot open /dev/urandom")?;
+    std::io::Read::read_exact(&mut random, &mut id).context("cannot read /dev/urandom")?;
+    Ok(SessionId(id))
+}

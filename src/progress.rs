@@ -1,0 +1,190 @@
+//! What the operator sees while it runs: a progress bar on a terminal, a plain line every few
+//! seconds elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use hybridmig_engine::driver::destination::Waiting;
+use hybridmig_engine::session::io::Phase;
+use hybridmig_engine::session::source::SourceProgress;
+use hybridmig_transport::message::Mode;
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::units::{show_bytes, show_rate, show_time};
+
+/// Time between two plain lines.
+const LINE: Duration = Duration::from_secs(2);
+
+/// The phase as people say it.
+pub fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Negotiation => "negotiation",
+        Phase::PreCopy => "pre-copy",
+        Phase::FreezeCopy => "freeze-copy",
+        Phase::PostCopy => "post-copy",
+        Phase::Done => "done",
+    }
+}
+
+/// Shows a source's progress until the watched sender is gone.
+pub struct SourceView {
+    task: Option<JoinHandle<()>>,
+}
+
+impl SourceView {
+    /// Starts to show.
+    pub fn start(shown: watch::Receiver<Option<SourceProgress>>, quiet: bool, mode: Mode) -> Self {
+        let task = (!quiet).then(|| tokio::spawn(show_source(shown, mode)));
+        Self { task }
+    }
+
+    /// Waits until the last state has been shown.
+    pub async fn finish(self) {
+        finish(self.task).await;
+    }
+}
+
+async fn finish(task: Option<JoinHandle<()>>) {
+    if let Some(task) = task
+        && let Err(error) = task.await
+    {
+        tracing::warn!("the progress display failed: {error}");
+    }
+}
+
+async fn show_source(mut shown: watch::Receiver<Option<SourceProgress>>, mode: Mode) {
+    let terminal = std::io::stderr().is_terminal();
+    let bar = if terminal {
+        ProgressBar::new(1)
+    } else {
+        ProgressBar::hidden()
+    };
+    bar.set_style(
+        ProgressStyle::with_template("{prefix:>12} [{bar:30}] {percent:>3}% {msg}")
+            .expect("a constant template")
+            .progress_chars("=> "),
+    );
+    let mut lines = Lines::default();
+    while shown.changed().await.is_ok() {
+        let Some(progress) = shown.borrow_and_update().as_ref().copied() else {
+            continue;
+        };
+        let text = source_line(&progress);
+        if terminal {
+            // What is sent again in later rounds counts again.
+            bar.set_length((progress.blocks_sent + progress.blocks_remaining).max(1));
+            bar.set_position(progress.blocks_sent);
+            bar.set_prefix(phase_name(progress.phase));
+            bar.set_message(text);
+        } else if lines.due(progress.phase) {
+            eprintln!("{mode} {}: {text}", phase_name(progress.phase));
+        }
+    }
+    bar.finish_and_clear();
+}
+
+fn source_line(progress: &SourceProgress) -> String {
+    let mut text = String::new();
+    if progress.phase == Phase::PreCopy {
+        text = format!("round {}, ", progress.round);
+    }
+    text.push_str(&format!(
+        "{} sent, {}, {} blocks to go",
+        show_bytes(progress.bytes_sent),
+        show_rate(progress.rate),
+        progress.blocks_remaining,
+    ));
+    if let Some(eta) = progress.eta {
+        text.push_str(&format!(", about {}", show_time(eta)));
+    }
+    if progress.faults > 0 {
+        text.push_str(&format!(", {} faults served", progress.faults));
+    }
+    if let Some(downtime) = progress.downtime {
+        text.push_str(&format!(", downtime {}", show_time(downtime)));
+    }
+    if !progress.linked {
+        text.push_str(" — link lost, waiting for it");
+    }
+    text
+}
+
+/// Shows a destination's progress until the watched sender is gone.
+pub struct DestinationView {
+    task: Option<JoinHandle<()>>,
+}
+
+impl DestinationView {
+    /// Starts to show.
+    pub fn start(shown: watch::Receiver<Waiting>, quiet: bool) -> Self {
+        Self {
+            task: (!quiet).then(|| tokio::spawn(show_destination(shown))),
+        }
+    }
+
+    /// Waits until the last state has been shown.
+    pub async fn finish(self) {
+        finish(self.task).await;
+    }
+}
+
+async fn show_destination(mut shown: watch::Receiver<Waiting>) {
+    let terminal = std::io::stderr().is_terminal();
+    let bar = if terminal {
+        ProgressBar::new_spinner()
+    } else {
+        ProgressBar::hidden()
+    };
+    let mut lines = Lines::default();
+    while shown.changed().await.is_ok() {
+        let waiting = shown.borrow_and_update().clone();
+        match waiting {
+            Waiting::Listening => {}
+            Waiting::TurnedAway(why) => {
+                bar.suspend(|| eprintln!("turned away: {why}; still listening"));
+            }
+            Waiting::Checked => bar.suspend(|| eprintln!("a check was answered; still listening")),
+            Waiting::Session(progress) => {
+                let mut text = format!(
+                    "{}: {} batches applied, {} blocks missing",
+                    phase_name(progress.phase),
+                    progress.batches,
+                    progress.missing
+                );
+                if progress.faults > 0 {
+                    text.push_str(&format!(", {} faults", progress.faults));
+                }
+                if !progress.linked {
+                    text.push_str(" — link lost, waiting for the source");
+                }
+                if terminal {
+                    bar.set_message(text);
+                    bar.tick();
+                } else if lines.due(progress.phase) {
+                    eprintln!("{text}");
+                }
+            }
+        }
+    }
+    bar.finish_and_clear();
+}
+
+/// When a plain line is due: at every new phase, and every few seconds.
+#[derive(Default)]
+struct Lines {
+    last: Option<(Instant, Phase)>,
+}
+
+impl Lines {
+    fn due(&mut self, phase: Phase) -> bool {
+        let due = self
+            .last
+            .is_none_or(|(at, before)| before != phase || at.elapsed() >= LINE);
+        if due {
+            self.last = Some((Instant::now(), phase));
+        }
+        due
+    }
+}
