@@ -35,21 +35,18 @@ impl End {
         if guest.destination_ever_ran {
             assert_eq!(owner, Owner::Destination, "{self:?}");
         }
-        match owner {
+        if owner == Owner::Source {
             // It runs there, or an operator may thaw it there.
-            Owner::Source => {
-                assert!(!guest.destination_runs, "{self:?}");
+            assert!(!guest.destination_runs, "{self:?}");
+            guest.check_source();
+        } else {
+            let complete = self.source == Some(SourceOutcome::Moved);
+            if guest.destination_ever_ran {
+                guest.check_destination(complete);
+            } else {
+                // Accepted, never started: the source has kept everything.
+                assert!(!complete, "{self:?}");
                 guest.check_source();
-            }
-            _ => {
-                let complete = self.source == Some(SourceOutcome::Moved);
-                if guest.destination_ever_ran {
-                    guest.check_destination(complete);
-                } else {
-                    // Accepted, never started: the source has kept everything.
-                    assert!(!complete, "{self:?}");
-                    guest.check_source();
-                }
             }
         }
         self.check_source_outcome(guest);

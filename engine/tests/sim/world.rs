@@ -606,18 +606,17 @@ impl World {
     }
 
     fn second_connection(&mut self, epoch: u64, hello: Message) {
-        match self.destination.machine.refuse_other(&hello) {
-            Some(refusal) => self.turn_away(refusal),
-            None => {
-                if let Some(old) = self.destination.epoch {
-                    self.lose(End::Destination, old, "replaced by a new connection");
-                }
-                if self.destination.alive() {
-                    self.destination.epoch = Some(epoch);
-                    self.destination_input(DestinationInput::Connected);
-                    self.destination_input(DestinationInput::Message(hello));
-                }
-            }
+        if let Some(refusal) = self.destination.machine.refuse_other(&hello) {
+            self.turn_away(refusal);
+            return;
+        }
+        if let Some(old) = self.destination.epoch {
+            self.lose(End::Destination, old, "replaced by a new connection");
+        }
+        if self.destination.alive() {
+            self.destination.epoch = Some(epoch);
+            self.destination_input(DestinationInput::Connected);
+            self.destination_input(DestinationInput::Message(hello));
         }
     }
 
