@@ -83,7 +83,8 @@ pub enum PagerError {
 
     /// The guest's process maps its memory elsewhere than when tracking began.
     #[error(
-        "process {pid} changed how it maps region {region} while it was tracked: writes may have been missed, migrate again"
+        "process {pid} changed how it maps region {region} while it was tracked: \
+         writes may have been missed, migrate again"
     )]
     MappingsChanged {
         /// Process id.
@@ -132,7 +133,8 @@ pub enum PagerError {
 
     /// Pages that must be absent are still present after a hole was punched.
     #[error(
-        "{count} pages of region {region} are still present after they were discarded (huge pages in the RAM file?): mount the tmpfs with huge=never"
+        "{count} pages of region {region} are still present after they were discarded \
+         (huge pages in the RAM file?): mount the tmpfs with huge=never"
     )]
     NotDiscarded {
         /// The region.
@@ -150,7 +152,8 @@ pub enum PagerError {
 
     /// The guest's memory layout kept changing for too long.
     #[error(
-        "placing block {block} of region {region} was held up for {seconds} s by a layout change that the guest does not finish"
+        "placing block {block} of region {region} was held up for {seconds} s \
+         by a layout change that the guest does not finish"
     )]
     HeldUp {
         /// The region.

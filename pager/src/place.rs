@@ -443,7 +443,8 @@ impl Shared {
                 .map_err(|error| match error {
                     Errno::INVAL => PagerError::UnsuitableMemory {
                         reason: format!(
-                            "the kernel cannot trap region {} (is the RAM file on a disk file system?); use a memfd or a tmpfs file",
+                            "the kernel cannot trap region {} (is the RAM file on a disk \
+                             file system?); use a memfd or a tmpfs file",
                             map.region
                         ),
                     },

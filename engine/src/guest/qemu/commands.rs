@@ -12,7 +12,12 @@ use serde::{Deserialize, Serialize};
 pub type Ignored = Any;
 
 macro_rules! command {
-    ($(#[$doc:meta])* $name:ident = $wire:literal -> $ok:ty { $($(#[$field_doc:meta])* $field:ident: $ty:ty),* $(,)? }) => {
+    (
+        $(#[$doc:meta])*
+        $name:ident = $wire:literal -> $ok:ty {
+            $($(#[$field_doc:meta])* $field:ident: $ty:ty),* $(,)?
+        }
+    ) => {
         $(#[$doc])*
         #[derive(Clone, Debug, Serialize)]
         #[serde(rename_all = "kebab-case")]

@@ -250,7 +250,8 @@ impl<'a> Additions<'a> {
             arguments.extend([
                 "-object".to_owned(),
                 format!(
-                    "memory-backend-file,id={id},size={},mem-path=/proc/self/fd/{fd},share=on,x-use-canonical-path-for-ramblock-id={naming}",
+                    "memory-backend-file,id={id},size={},mem-path=/proc/self/fd/{fd},share=on,\
+                     x-use-canonical-path-for-ramblock-id={naming}",
                     block.size
                 ),
                 "-machine".to_owned(),
