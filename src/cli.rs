@@ -311,7 +311,7 @@ pub struct GuestArgs {
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Threads that access memory.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=32))]
     pub threads: u32,
     /// Speed relative to the profile's own; 0 means as fast as possible.
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]

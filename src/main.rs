@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         Command::Guest(args) => commands::guest::run(args),
         Command::Relay(args) => commands::relay::run(args),
         Command::Resolve(args) => commands::resolve::run(args),
-        Command::Completions { shell } => commands::generate::completions(shell),
+        Command::Completions { shell } => Ok(commands::generate::completions(shell)),
         Command::Man { directory } => commands::generate::man(&directory),
     };
     match result {

@@ -10,14 +10,14 @@ use clap_complete::Shell;
 use crate::cli::{Cli, EXIT_CODES};
 
 /// Prints a completion script.
-pub fn completions(shell: Shell) -> anyhow::Result<ExitCode> {
+pub fn completions(shell: Shell) -> ExitCode {
     clap_complete::generate(
         shell,
         &mut Cli::command(),
         "hybridmig",
         &mut std::io::stdout(),
     );
-    Ok(ExitCode::SUCCESS)
+    ExitCode::SUCCESS
 }
 
 /// Writes one man page for hybridmig and one for each subcommand.

@@ -158,7 +158,7 @@ pub async fn resolve_host(target: &str) -> anyhow::Result<SocketAddr> {
         .ok_or_else(|| anyhow!("'{target}' has no address"))
 }
 
-/// A receiver that gets a reason at the first SIGINT, SIGTERM or SIGHUP.
+/// A receiver that changes to a reason with every SIGINT, SIGTERM or SIGHUP.
 pub fn cancel_on_signals() -> anyhow::Result<watch::Receiver<Option<String>>> {
     let (sender, receiver) = watch::channel(None);
     for (kind, name) in [
@@ -170,13 +170,8 @@ pub fn cancel_on_signals() -> anyhow::Result<watch::Receiver<Option<String>>> {
         let sender = sender.clone();
         tokio::spawn(async move {
             while signals.recv().await.is_some() {
-                sender.send_if_modified(|reason| {
-                    let first = reason.is_none();
-                    if first {
-                        *reason = Some(name.to_owned());
-                    }
-                    first
-                });
+                eprintln!("{name}; once more to stop waiting for the other side");
+                sender.send_replace(Some(name.to_owned()));
             }
         });
     }

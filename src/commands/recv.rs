@@ -10,6 +10,7 @@ use hybridmig_engine::guest::DestinationGuest;
 use hybridmig_engine::guest::qemu::{QemuDestination, QemuDestinationOptions, QemuOrigin};
 use hybridmig_engine::guest::workload::{Launch, WorkloadDestination};
 use hybridmig_engine::session::destination::DestinationConfig;
+use hybridmig_engine::session::io::DestinationOutcome;
 use hybridmig_pager::PlacerConfig;
 use hybridmig_transport::endpoint::Endpoint;
 use hybridmig_transport::error::CloseCode;
@@ -28,7 +29,12 @@ pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
     let (identity, trust) = identity_and_trust(&args.trust)?;
     let fingerprint = identity.fingerprint();
     let state_dir = state_dir(args.output.state_dir.as_deref())?;
-    let guest = open(&args.guest, &state_dir)?;
+    // What another process would take the guest over by; goes away unless this one is killed.
+    let kept = tempfile::Builder::new()
+        .prefix("pager-")
+        .tempdir_in(&state_dir)
+        .with_context(|| format!("cannot write to {}", state_dir.display()))?;
+    let guest = open(&args.guest, kept.path())?;
     let config = DestinationConfig {
         patience: args.link.patience,
         ..DestinationConfig::default()
@@ -64,6 +70,10 @@ pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
     if args.output.json.as_deref() != Some(Path::new("-")) {
         print!("{}", show::destination(&run.outcome, &run.report));
     }
+    if matches!(run.outcome, DestinationOutcome::Incomplete { .. }) {
+        let kept = kept.keep();
+        eprintln!("{}: what a pager that takes over needs", kept.display());
+    }
     let wrong = run
         .report
         .verified
@@ -76,10 +86,7 @@ pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-fn open(
-    args: &DestinationGuestArgs,
-    state_dir: &Path,
-) -> anyhow::Result<Arc<dyn DestinationGuest>> {
+fn open(args: &DestinationGuestArgs, kept: &Path) -> anyhow::Result<Arc<dyn DestinationGuest>> {
     let origin = match (&args.qmp, &args.exec, &args.workload) {
         (Some(qmp), _, _) => QemuOrigin::Waiting(qmp.clone()),
         (_, Some(command), _) => QemuOrigin::Exec(command.clone()),
@@ -98,7 +105,7 @@ fn open(
     };
     let options = QemuDestinationOptions {
         origin,
-        keep_in: Some(state_dir.to_owned()),
+        keep_in: Some(kept.to_owned()),
     };
     Ok(Arc::new(QemuDestination::new(options)))
 }

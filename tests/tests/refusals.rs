@@ -254,7 +254,10 @@ fn sigterm_of_the_source_cancels() -> Result<()> {
 fn sigkill_of_the_source_leaves_its_guest_running() -> Result<()> {
     ended_in_precopy(|send, recv| {
         send.process.kill()?;
-        // The destination cannot know; its operator ends it.
+        // The destination cannot know. Its operator ends it, and does not wait for a source that
+        // might come back to ask.
+        recv.process.signal(Signal::SIGTERM)?;
+        recv.process.wait_for_stderr("once more", PATIENCE)?;
         recv.process.signal(Signal::SIGTERM)?;
         let status = recv.process.wait(PATIENCE)?;
         ensure!(status.code() == Some(4), "recv ended with {status}");

@@ -171,6 +171,8 @@ pub enum RefusalCode {
     Protocol,
     /// Anything else; see the reasons.
     Other,
+    /// The operator of the refusing side, or a lost link, has ended the session.
+    Cancelled,
 }
 
 /// What the destination knows of a session when the link is back.

@@ -281,7 +281,6 @@ impl Driver {
     ) -> DestinationOutcome {
         let mut measure = interval(MEASURE);
         measure.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut cancel_seen = false;
         loop {
             if let Some(outcome) = self.obey() {
                 return outcome;
@@ -291,10 +290,7 @@ impl Driver {
                 biased;
                 input = queue.recv() => input.expect("the driver itself holds a sender"),
                 () = wait_until(deadline) => DestinationInput::Timeout,
-                reason = cancelled(cancel), if !cancel_seen => {
-                    cancel_seen = true;
-                    DestinationInput::Cancel { reason }
-                }
+                reason = cancelled(cancel) => DestinationInput::Cancel { reason },
                 arrival = arrived.recv() => {
                     if let Some(arrival) = arrival {
                         self.visit(arrival);

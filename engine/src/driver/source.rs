@@ -144,7 +144,6 @@ impl Driver {
         let mut measure = interval(MEASURE);
         measure.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut redial = Redial::default();
-        let mut cancel_seen = false;
         loop {
             if let Some(outcome) = self.obey() {
                 progress.send_replace(Some(self.plane.progress()));
@@ -156,10 +155,7 @@ impl Driver {
                 input = queue.recv() => input.expect("the driver itself holds a sender"),
                 () = self.plane.nudged() => continue,
                 () = wait_until(deadline) => SourceInput::Timeout,
-                reason = cancelled(cancel), if !cancel_seen => {
-                    cancel_seen = true;
-                    SourceInput::Cancel { reason }
-                }
+                reason = cancelled(cancel) => SourceInput::Cancel { reason },
                 link = redial.run(&self.job.endpoint, self.job.target),
                     if self.tasks.is_none() && self.plane.wants_link() =>
                 {
@@ -290,13 +286,15 @@ async fn wait_until(deadline: Option<Instant>) {
     }
 }
 
-/// Waits for the operator's wish to stop.
+/// Waits for the operator's next wish to stop. Each is given once.
 pub(super) async fn cancelled(cancel: &mut watch::Receiver<Option<String>>) -> String {
-    match cancel.wait_for(Option::is_some).await {
-        Ok(reason) => reason.clone().unwrap_or_default(),
-        // Nobody can cancel any more.
-        Err(_) => std::future::pending().await,
+    while cancel.changed().await.is_ok() {
+        if let Some(reason) = cancel.borrow_and_update().clone() {
+            return reason;
+        }
     }
+    // Nobody can cancel any more.
+    std::future::pending().await
 }
 
 async fn sample(guest: Arc<dyn SourceGuest>, sampler: Arc<Sampler>) {

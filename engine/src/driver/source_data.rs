@@ -280,12 +280,22 @@ impl DataPlane {
                     })?;
                 }
                 let block_size = info.block_size;
-                let encoded = if chunk.may_refer {
-                    let mut encoder = self.encoder.lock().expect("not poisoned");
-                    encoder.encode_blocks(header, *region, block_size, blocks, contents, true)
+                // What goes before the handover must all be in the memory of what was sent last.
+                let mut shared;
+                let encoder = if phase <= Phase::FreezeCopy && chunk.lane != Lane::Urgent {
+                    shared = self.encoder.lock().expect("not poisoned");
+                    &mut *shared
                 } else {
-                    plain.encode_blocks(header, *region, block_size, blocks, contents, false)
+                    plain
                 };
+                let encoded = encoder.encode_blocks(
+                    header,
+                    *region,
+                    block_size,
+                    blocks,
+                    contents,
+                    chunk.refer,
+                );
                 let encoded = encoded.map_err(|error| chain(&error))?;
                 (encoded.bytes, encoded.stats)
             }

@@ -15,9 +15,10 @@
 
 use std::time::Duration;
 
-use hybridmig_transport::message::{Message, Offer, Refusal, SessionId};
+use hybridmig_transport::message::{Message, Offer, Refusal, RefusalCode, SessionId};
 use serde::{Deserialize, Serialize};
 
+pub use hybridmig_transport::codec::Refer;
 pub use hybridmig_transport::lane::Lane;
 
 use crate::blocks::{Blocks, RegionId};
@@ -49,9 +50,9 @@ pub struct Chunk {
     pub lane: Lane,
     /// What to send.
     pub body: ChunkBody,
-    /// Whether the encoder may refer to content the destination should have (hash, difference).
-    /// Off where a rejected record would cost downtime.
-    pub may_refer: bool,
+    /// What of the destination's contents the encoder may refer to (difference, hash). A rejected
+    /// record costs a round trip, which during the freeze is downtime.
+    pub refer: Refer,
 }
 
 /// The contents of a [`Chunk`].
@@ -228,6 +229,19 @@ pub enum SourceOutcome {
         /// What.
         reason: String,
     },
+}
+
+impl SourceOutcome {
+    /// The end of a session that the destination has refused: not every refusal is an objection.
+    pub(crate) fn of_refusal(refusal: Refusal) -> Self {
+        if refusal.code == RefusalCode::Cancelled {
+            Self::Cancelled {
+                reason: refusal.to_string(),
+            }
+        } else {
+            Self::Refused(refusal)
+        }
+    }
 }
 
 /// Inputs of the destination's machine.

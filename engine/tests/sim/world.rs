@@ -8,7 +8,8 @@ use hybridmig_engine::blocks::{Blocks, RegionId};
 use hybridmig_engine::session::destination::{DestinationConfig, DestinationMachine};
 use hybridmig_engine::session::io::{
     AppliedBatch, Chunk, ChunkBody, DestinationCommand, DestinationInput, DestinationOutcome,
-    DestinationRecord, Lane, LinkFigures, SourceCommand, SourceInput, SourceOutcome, SourceRecord,
+    DestinationRecord, Lane, LinkFigures, Refer, SourceCommand, SourceInput, SourceOutcome,
+    SourceRecord,
 };
 use hybridmig_engine::session::ledger::Ledger;
 use hybridmig_engine::session::source::{SourceConfig, SourceMachine};
@@ -651,7 +652,7 @@ impl World {
         let batch = Batch {
             id: chunk.batch,
             pass: chunk.pass,
-            may_refer: chunk.may_refer,
+            may_refer: chunk.refer == Refer::Anything,
             blocks,
             state,
             bytes,

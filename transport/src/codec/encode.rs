@@ -41,6 +41,30 @@ impl Default for EncoderConfig {
     }
 }
 
+/// What a record may refer to that the destination should have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refer {
+    /// Nothing: every block goes in full.
+    Nothing,
+    /// The version of the same block that was sent last and acknowledged. Nothing that was sent
+    /// since can have replaced it, so such a record is not rejected.
+    Itself,
+    /// That, and equal contents of any block that was sent and acknowledged. A newer version of
+    /// that other block may overtake the record, which is then rejected.
+    Anything,
+}
+
+/// All or nothing.
+impl From<bool> for Refer {
+    fn from(may_refer: bool) -> Self {
+        if may_refer {
+            Self::Anything
+        } else {
+            Self::Nothing
+        }
+    }
+}
+
 /// A batch, ready for a lane.
 #[derive(Clone, Debug)]
 pub struct EncodedBatch {
@@ -147,8 +171,8 @@ impl BlockEncoder {
     }
 
     /// Encodes `blocks` of a region, whose contents follow each other in `contents` in the same
-    /// order. A block that is listed twice goes as its last contents. `may_refer` allows forms that
-    /// need what the destination should have; the destination can reject those.
+    /// order. A block that is listed twice goes as its last contents. `refer` allows forms that need
+    /// what the destination should have, and checks.
     pub fn encode_blocks(
         &mut self,
         header: BatchHeader,
@@ -156,8 +180,9 @@ impl BlockEncoder {
         block_size: u32,
         blocks: &[u32],
         contents: &[u8],
-        may_refer: bool,
+        refer: impl Into<Refer>,
     ) -> Result<EncodedBatch, EncodeError> {
+        let refer = refer.into();
         let size = block_size as usize;
         if !block_size.is_power_of_two()
             || block_size < MIN_BLOCK_SIZE
@@ -182,7 +207,7 @@ impl BlockEncoder {
         self.groups.clear();
         for index in in_order(blocks) {
             let data = &contents[index * size..][..size];
-            self.sort_block(header.id, region, blocks[index], data, may_refer);
+            self.sort_block(header.id, region, blocks[index], data, refer);
         }
         self.write_groups(header, region, contents.len())
     }
@@ -225,14 +250,15 @@ impl BlockEncoder {
     }
 
     /// The destination could not use what was sent of the block: it is forgotten, and its next
-    /// version goes in full whatever `may_refer` says.
+    /// version goes in full whatever `refer` says.
     pub fn reject(&mut self, region: RegionId, block: u32) {
         self.history.reject(region, block);
     }
 
     /// Decides the form of one block and puts it into its group.
-    fn sort_block(&mut self, batch: u64, region: RegionId, block: u32, data: &[u8], refer: bool) {
-        let refer = !self.history.take_in_full(region, block) && refer;
+    fn sort_block(&mut self, batch: u64, region: RegionId, block: u32, data: &[u8], refer: Refer) {
+        let in_full = self.history.take_in_full(region, block);
+        let refer = if in_full { Refer::Nothing } else { refer };
         let groups = &mut self.groups;
         if is_zero(data) {
             groups.zero.push(block);
@@ -259,8 +285,8 @@ impl BlockEncoder {
         }
     }
 
-    fn try_delta(&mut self, region: RegionId, block: u32, data: &[u8], refer: bool) -> bool {
-        if !refer || self.features & Features::DELTA == 0 {
+    fn try_delta(&mut self, region: RegionId, block: u32, data: &[u8], refer: Refer) -> bool {
+        if refer == Refer::Nothing || self.features & Features::DELTA == 0 {
             return false;
         }
         let Some((base, base_hash)) = self.history.base(region, block) else {
@@ -288,9 +314,9 @@ impl BlockEncoder {
         block: u32,
         data: &[u8],
         hash: u64,
-        refer: bool,
+        refer: Refer,
     ) -> bool {
-        if !refer || self.features & Features::NAMED == 0 {
+        if refer != Refer::Anything || self.features & Features::NAMED == 0 {
             return false;
         }
         let Some((from, from_block)) = self.history.origin(region, hash) else {

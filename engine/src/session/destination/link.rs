@@ -48,7 +48,7 @@ impl DestinationMachine {
         let outcome = DestinationOutcome::Cancelled {
             reason: reason.clone(),
         };
-        self.decline(now, refusal(RefusalCode::Other, reason), outcome, false);
+        self.decline(now, refusal(RefusalCode::Cancelled, reason), outcome, false);
     }
 
     pub(super) fn close_link(&mut self, reason: String) {
@@ -82,7 +82,7 @@ impl DestinationMachine {
                 reason: reason.clone(),
             };
             let refusal = refusal(
-                RefusalCode::Other,
+                RefusalCode::Cancelled,
                 format!("cancelled at the destination: {reason}"),
             );
             self.decline(now, refusal, outcome, false);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{ChunkBody, ChunkKind, Flight, MAX_FLIGHTS, SourceMachine};
 use crate::blocks::RegionId;
-use crate::session::io::{Chunk, Lane};
+use crate::session::io::{Chunk, Lane, Refer};
 use crate::session::pieces;
 
 impl SourceMachine {
@@ -14,7 +14,7 @@ impl SourceMachine {
         lane: Lane,
         kind: ChunkKind,
         body: ChunkBody,
-        may_refer: bool,
+        refer: Refer,
     ) -> Chunk {
         let batch = self.next_batch;
         self.next_batch += 1;
@@ -53,7 +53,7 @@ impl SourceMachine {
             pass: self.pass,
             lane,
             body,
-            may_refer,
+            refer,
         }
     }
 

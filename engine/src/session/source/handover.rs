@@ -7,7 +7,7 @@ use hybridmig_transport::message::{Message, Mode, Standing};
 use super::{ChunkBody, ChunkKind, Lane, Link, RegionId, STATE_PIECE, SourceMachine, State};
 use crate::blocks::Blocks;
 use crate::plan::{self, FreezeSplit, PushOrder};
-use crate::session::io::{Chunk, SourceCommand, SourceOutcome, SourceRecord};
+use crate::session::io::{Chunk, Refer, SourceCommand, SourceOutcome, SourceRecord};
 use crate::session::pieces;
 
 impl SourceMachine {
@@ -85,18 +85,18 @@ impl SourceMachine {
         let limit = self.config.chunk_blocks.max(1);
         if let Some((region, blocks)) = self.resend.pop_front(limit) {
             let body = ChunkBody::Blocks { region, blocks };
-            return Some(self.chunk(Lane::Freeze, ChunkKind::Resend, body, false));
+            return Some(self.chunk(Lane::Freeze, ChunkKind::Resend, body, Refer::Nothing));
         }
         if let Some((region, blocks)) = self.freeze_pending.pop_front(limit) {
             let body = ChunkBody::Blocks { region, blocks };
-            return Some(self.chunk(Lane::Freeze, ChunkKind::Freeze, body, false));
+            return Some(self.chunk(Lane::Freeze, ChunkKind::Freeze, body, Refer::Itself));
         }
         if self.state_next < self.state_len {
             let offset = self.state_next;
             let len = STATE_PIECE.min(self.state_len - offset) as u32;
             self.state_next += u64::from(len);
             let body = ChunkBody::State { offset, len };
-            return Some(self.chunk(Lane::Freeze, ChunkKind::State, body, false));
+            return Some(self.chunk(Lane::Freeze, ChunkKind::State, body, Refer::Nothing));
         }
         self.prefetch_chunk()
     }
@@ -176,7 +176,7 @@ impl SourceMachine {
         let missing = std::mem::take(&mut self.missing);
         match (standing, self.state) {
             (Standing::Refused(refusal), State::Offered) => {
-                self.decline(SourceOutcome::Refused(refusal));
+                self.decline(SourceOutcome::of_refusal(refusal));
             }
             (Standing::Preparing, State::Offered) => {
                 // What was on its way is lost. It could be sent again, but the guest has stood

@@ -84,13 +84,13 @@ impl SourceMachine {
     /// knows nothing of the session, and then proves nothing.
     fn refused(&mut self, refusal: Refusal) {
         if self.before_offer() {
-            self.end_here(SourceOutcome::Refused(refusal));
+            self.end_here(SourceOutcome::of_refusal(refusal));
             return;
         }
         match (self.state, self.link) {
             (State::Offering, _) => {
                 self.withdrawn
-                    .get_or_insert(SourceOutcome::Refused(refusal));
+                    .get_or_insert(SourceOutcome::of_refusal(refusal));
             }
             (State::Offered, Link::Up) if self.figures.reconnects == 0 => self.declined(refusal),
             (State::Offered | State::Accepting | State::PostCopy, _)
@@ -131,12 +131,12 @@ impl SourceMachine {
 
     fn declined(&mut self, refusal: Refusal) {
         match self.state {
-            State::Offered => self.decline(SourceOutcome::Refused(refusal)),
+            State::Offered => self.decline(SourceOutcome::of_refusal(refusal)),
             // Not expected, but it says nothing that is unsafe here.
-            _ if self.before_offer() => self.end_here(SourceOutcome::Refused(refusal)),
+            _ if self.before_offer() => self.end_here(SourceOutcome::of_refusal(refusal)),
             State::Offering => {
                 self.withdrawn
-                    .get_or_insert(SourceOutcome::Refused(refusal));
+                    .get_or_insert(SourceOutcome::of_refusal(refusal));
             }
             State::Accepting | State::PostCopy => {
                 self.violation("it declines a guest that it has accepted");

@@ -8,7 +8,7 @@ use super::{
     ChunkBody, ChunkKind, Lane, MAX_PREFETCH, RegionId, SourceMachine, State, URGENT_BLOCKS,
 };
 use crate::plan;
-use crate::session::io::{Chunk, SourceCommand, SourceOutcome, SourceRecord};
+use crate::session::io::{Chunk, Refer, SourceCommand, SourceOutcome, SourceRecord};
 
 impl SourceMachine {
     pub(super) fn begin_postcopy(&mut self, now: Duration) {
@@ -53,7 +53,7 @@ impl SourceMachine {
             self.urgent_set.remove(region, *block);
         }
         let body = ChunkBody::Blocks { region, blocks };
-        Some(self.chunk(Lane::Urgent, ChunkKind::Urgent, body, false))
+        Some(self.chunk(Lane::Urgent, ChunkKind::Urgent, body, Refer::Nothing))
     }
 
     pub(super) fn prefetch_chunk(&mut self) -> Option<Chunk> {
@@ -62,7 +62,7 @@ impl SourceMachine {
             let blocks = plan::take_range(&mut self.remaining, region, first, last, limit);
             if !blocks.is_empty() {
                 let body = ChunkBody::Blocks { region, blocks };
-                return Some(self.chunk(Lane::Freeze, ChunkKind::Prefetch, body, false));
+                return Some(self.chunk(Lane::Freeze, ChunkKind::Prefetch, body, Refer::Nothing));
             }
         }
         None
@@ -73,7 +73,7 @@ impl SourceMachine {
         let limit = self.config.chunk_blocks.max(1);
         let (region, blocks) = self.order.next(&mut self.remaining, limit)?;
         let body = ChunkBody::Blocks { region, blocks };
-        Some(self.chunk(Lane::Bulk, ChunkKind::Push, body, false))
+        Some(self.chunk(Lane::Bulk, ChunkKind::Push, body, Refer::Nothing))
     }
 
     /// The destination has every block.

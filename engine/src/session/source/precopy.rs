@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{ChunkBody, ChunkKind, Lane, RoundReport, RoundStart, SourceMachine, State};
 use crate::blocks::Blocks;
 use crate::plan::{RoundFigures, Share, Verdict};
-use crate::session::io::{Chunk, SourceOutcome};
+use crate::session::io::{Chunk, Refer, SourceOutcome};
 use hybridmig_transport::message::Mode;
 
 impl SourceMachine {
@@ -128,11 +128,11 @@ impl SourceMachine {
                         self.pending.remove(region, *block);
                     }
                     let body = ChunkBody::Blocks { region, blocks };
-                    return Some(self.chunk(Lane::Bulk, ChunkKind::Resend, body, false));
+                    return Some(self.chunk(Lane::Bulk, ChunkKind::Resend, body, Refer::Nothing));
                 }
                 let (region, blocks) = self.pending.pop_front(limit)?;
                 let body = ChunkBody::Blocks { region, blocks };
-                Some(self.chunk(Lane::Bulk, ChunkKind::PreCopy, body, true))
+                Some(self.chunk(Lane::Bulk, ChunkKind::PreCopy, body, Refer::Anything))
             }
             State::Offered | State::Accepting | State::PostCopy => self.push_chunk(),
             _ => None,
