@@ -48,7 +48,7 @@ test-run:
 	cargo nextest run --locked --workspace
 
 .PHONY: bench
-bench: setup-build ## run the benchmarks (about 10 s each, on an idle machine)
+bench: setup-build ## run the benchmarks: 3 minutes, after as long to build (as root: they attach to processes)
 	cargo bench --locked --package hybridmig-bench --benches
 
 .PHONY: deny

@@ -15,6 +15,14 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 pub const PAGE: usize = 4096;
 const DEADLINE: Duration = Duration::from_secs(60);
+/// The fixture's program; the benchmarks, which are a package of their own, build it as another.
+const PROGRAM: &str = match option_env!("CARGO_BIN_EXE_pager-fixture") {
+    Some(path) => path,
+    None => match option_env!("CARGO_BIN_EXE_bench-guest") {
+        Some(path) => path,
+        None => panic!("cargo tells this only to tests and benchmarks"),
+    },
+};
 
 /// A fixture process.
 pub struct Fixture {
@@ -25,7 +33,7 @@ pub struct Fixture {
 
 impl Fixture {
     pub fn spawn(arguments: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_pager-fixture"))
+        let mut child = Command::new(PROGRAM)
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

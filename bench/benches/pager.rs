@@ -1,10 +1,11 @@
 //! What tracking, placing and fault service cost, on another process's memory. Needs root.
 //!
-//! `fault/raw` is the floor: a handler that reads the fault and copies a constant page.
+//! `fault/kernel` is a first touch that the kernel serves alone. `fault/raw` is the floor of what
+//! userfaultfd allows: a handler that reads the fault and copies a constant page.
 //! `fault/local_socket` is a [`Placer`] whose pages come from another thread over a Unix socket:
 //! the goal is a median of at most 25 µs above the floor. Placement is to reach 1 GB/s.
 
-#[path = "../tests/common/mod.rs"]
+#[path = "../../pager/tests/common/mod.rs"]
 mod common;
 
 use std::hint::black_box;
@@ -16,7 +17,8 @@ use std::time::Duration;
 
 use common::{Guest, PAGE};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use hybridmig_pager::uffd::{Event, RawEvent, RegisterMode};
+use hybridmig_bench::{group, thread_time};
+use hybridmig_pager::uffd::{Event, RawEvent, RegisterMode, Uffd};
 use hybridmig_pager::{
     FaultAnswer, FaultSink, Features, MissingMap, PagerError, Placer, PlacerConfig, Settle,
     Tracker, TrackerConfig, attach,
@@ -28,62 +30,48 @@ const TRACKED: u32 = 512 * MIB;
 const PLACED: u32 = 64 * MIB;
 const FAULTS: u32 = 1024;
 
-fn quick(criterion: &mut Criterion, name: &str, run: impl FnOnce(&mut Group)) {
-    let mut group = criterion.benchmark_group(name);
-    group
-        .sample_size(10)
-        .warm_up_time(Duration::from_millis(200))
-        .measurement_time(Duration::from_secs(2));
-    run(&mut group);
-    group.finish();
+/// A userfaultfd of which the guest keeps no copy, so that the next round can have one too.
+fn transient(guest: &Guest, features: Features) -> Uffd {
+    let attached = attach::attach(guest.pid(), attach::Method::Syscall).unwrap();
+    attach::close_in_target(guest.pid(), attached.target_fd).unwrap();
+    attached.uffd.handshake(features).unwrap();
+    attached.uffd
 }
 
-type Group<'a> = criterion::BenchmarkGroup<'a, criterion::measurement::WallTime>;
+fn track(guest: &Guest, uffd: Uffd) -> Tracker {
+    let regions = vec![guest.region()];
+    Tracker::start(uffd, guest.pid(), regions, TrackerConfig::default())
+        .unwrap()
+        .0
+}
 
 fn tracking(criterion: &mut Criterion) {
     let mut guest = Guest::new(TRACKED);
     guest.ask("fill 1");
-    quick(criterion, "track_512MiB", |group| {
-        let fresh = || {
-            let attached = attach::attach(guest.pid(), attach::Method::Syscall).unwrap();
-            attach::close_in_target(guest.pid(), attached.target_fd).unwrap();
-            attached.uffd.handshake(Features::TRACKING).unwrap();
-            attached.uffd
-        };
-        let start = |uffd| {
-            let regions = vec![guest.region()];
-            Tracker::start(uffd, guest.pid(), regions, TrackerConfig::default())
-                .unwrap()
-                .0
-        };
-        group.bench_function("start", |bencher| {
-            bencher.iter_batched(fresh, start, BatchSize::PerIteration);
-        });
+    let mut group = group(criterion, "track_512MiB");
+    group.bench_function("start", |bencher| {
+        bencher.iter_batched(
+            || transient(&guest, Features::TRACKING),
+            |uffd| track(&guest, uffd),
+            BatchSize::PerIteration,
+        );
     });
-    let uffd = guest.attach(Features::TRACKING);
-    let (tracker, _) = Tracker::start(
-        uffd,
-        guest.pid(),
-        vec![guest.region()],
-        TrackerConfig::default(),
-    )
-    .unwrap();
-    quick(criterion, "track_512MiB", |group| {
-        group.bench_function("scan_clean", |bencher| {
-            bencher.iter(|| black_box(tracker.take_dirty(Settle::Running).unwrap()));
-        });
-        let mut seed = 0;
-        group.bench_function("scan_1000_dirty", |bencher| {
-            bencher.iter_batched(
-                || {
-                    seed += 10_000;
-                    guest.ask(&format!("write {seed} 1000"));
-                },
-                |()| black_box(tracker.take_dirty(Settle::Running).unwrap()),
-                BatchSize::PerIteration,
-            );
-        });
+    let tracker = track(&guest, guest.attach(Features::TRACKING));
+    group.bench_function("scan_clean", |bencher| {
+        bencher.iter(|| black_box(tracker.take_dirty(Settle::Running).unwrap()));
     });
+    let mut seed = 0;
+    group.bench_function("scan_1000_dirty", |bencher| {
+        bencher.iter_batched(
+            || {
+                seed += 10_000;
+                guest.ask(&format!("write {seed} 1000"));
+            },
+            |()| black_box(tracker.take_dirty(Settle::Running).unwrap()),
+            BatchSize::PerIteration,
+        );
+    });
+    group.finish();
 }
 
 struct Nobody;
@@ -105,11 +93,8 @@ fn arm(guest: &Guest, sink: Arc<dyn FaultSink>) -> Placer {
     let map = MissingMap::in_memory(&[guest.memory.blocks()]).unwrap();
     map.insert(0, &(0..guest.memory.blocks()).collect())
         .unwrap();
-    let attached = attach::attach(guest.pid(), attach::Method::Syscall).unwrap();
-    attach::close_in_target(guest.pid(), attached.target_fd).unwrap();
-    attached.uffd.handshake(Features::PLACING).unwrap();
     Placer::arm(
-        attached.uffd,
+        transient(guest, Features::PLACING),
         guest.pid(),
         vec![guest.region()],
         Arc::new(map),
@@ -120,51 +105,44 @@ fn arm(guest: &Guest, sink: Arc<dyn FaultSink>) -> Placer {
     .unwrap()
 }
 
-/// Time that this thread has spent on a core, in the kernel too: what "on one core" means on a
-/// machine that has other work.
-fn cpu_time() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
-
 fn placing(criterion: &mut Criterion) {
     let guest = Guest::new(PLACED);
     let data = vec![7; 64 * PAGE];
-    quick(criterion, "place", |group| {
-        group.throughput(Throughput::Bytes(guest.memory.len()));
-        for pages in [1, 64] {
-            group.bench_function(format!("{}KiB", pages * 4), |bencher| {
-                bencher.iter_custom(|rounds| {
-                    (0..rounds)
-                        .map(|_| {
-                            let placer = arm(&guest, Arc::new(Nobody));
-                            let begun = cpu_time();
-                            for first in (0..PLACED).step_by(pages) {
-                                placer.place(0, first, &data[..pages * PAGE]).unwrap();
-                            }
-                            let took = cpu_time().saturating_sub(begun);
-                            placer.disarm().unwrap();
-                            took
-                        })
-                        .sum()
-                });
-            });
-        }
-        group.bench_function("before_arming_256KiB", |bencher| {
+    let mut group = group(criterion, "place");
+    group.throughput(Throughput::Bytes(guest.memory.len()));
+    for pages in [1, 64] {
+        group.bench_function(format!("{}KiB", pages * PAGE / 1024), |bencher| {
             bencher.iter_custom(|rounds| {
                 (0..rounds)
                     .map(|_| {
-                        guest.memory.zero(0, PLACED).unwrap();
-                        let begun = cpu_time();
-                        for first in (0..PLACED).step_by(64) {
-                            guest.memory.write(first, &data).unwrap();
+                        let placer = arm(&guest, Arc::new(Nobody));
+                        let begun = thread_time();
+                        for first in (0..PLACED).step_by(pages) {
+                            placer.place(0, first, &data[..pages * PAGE]).unwrap();
                         }
-                        cpu_time().saturating_sub(begun)
+                        let took = thread_time().saturating_sub(begun);
+                        placer.disarm().unwrap();
+                        took
                     })
                     .sum()
             });
         });
+    }
+    group.bench_function("before_arming_256KiB", |bencher| {
+        bencher.iter_custom(|rounds| {
+            (0..rounds)
+                .map(|_| {
+                    guest.memory.zero(0, PLACED).unwrap();
+                    let begun = thread_time();
+                    for first in (0..PLACED).step_by(64) {
+                        guest.memory.write(first, &data).unwrap();
+                    }
+                    thread_time().saturating_sub(begun)
+                })
+                .sum()
+        });
     });
+    group.finish();
 }
 
 /// The guest's own median time per touch of a missing page.
@@ -174,12 +152,14 @@ fn touch(guest: &mut Guest) -> Duration {
     Duration::from_nanos(median.parse().unwrap())
 }
 
+fn kernel_alone(guest: &mut Guest) -> Duration {
+    guest.memory.zero(0, FAULTS).unwrap();
+    touch(guest)
+}
+
 fn raw_handler(guest: &mut Guest) -> Duration {
     guest.memory.zero(0, FAULTS).unwrap();
-    let attached = attach::attach(guest.pid(), attach::Method::Syscall).unwrap();
-    attach::close_in_target(guest.pid(), attached.target_fd).unwrap();
-    let uffd = attached.uffd;
-    uffd.handshake(Features::PLACING).unwrap();
+    let uffd = transient(guest, Features::PLACING);
     for map in guest.region().mappings {
         uffd.register(map.address, map.len(), RegisterMode::Missing)
             .unwrap();
@@ -265,15 +245,18 @@ fn over_socket(guest: &mut Guest) -> Duration {
 
 fn faults(criterion: &mut Criterion) {
     let mut guest = Guest::new(FAULTS);
-    quick(criterion, "fault", |group| {
-        // Criterion is given the guest's median as the time of every iteration.
-        group.bench_function("raw", |bencher| {
-            bencher.iter_custom(|rounds| raw_handler(&mut guest) * rounds as u32);
+    let mut group = group(criterion, "fault");
+    // Criterion is given the guest's median as the time of every iteration.
+    for (name, serve) in [
+        ("kernel", kernel_alone as fn(&mut Guest) -> Duration),
+        ("raw", raw_handler),
+        ("local_socket", over_socket),
+    ] {
+        group.bench_function(name, |bencher| {
+            bencher.iter_custom(|rounds| serve(&mut guest) * rounds as u32);
         });
-        group.bench_function("local_socket", |bencher| {
-            bencher.iter_custom(|rounds| over_socket(&mut guest) * rounds as u32);
-        });
-    });
+    }
+    group.finish();
 }
 
 criterion_group! {
