@@ -15,6 +15,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use hybridmig_engine::report::Report;
@@ -143,9 +144,17 @@ pub fn transport_config(args: &LinkArgs) -> TransportConfig {
             CongestionArg::Bbr => Congestion::Bbr,
         },
         rate_limit: args.rate_limit,
-        idle_timeout: args.patience,
+        idle_timeout: link_timeout(args.patience),
         ..TransportConfig::default()
     }
+}
+
+/// When a link that carries nothing counts as lost: soon, so that before the handover the operator
+/// is told that the guest stays, and after it a new link is dialed while there is patience left.
+fn link_timeout(patience: Duration) -> Duration {
+    const SOON: Duration = Duration::from_secs(30);
+    const LEAST: Duration = Duration::from_secs(1);
+    (patience / 4).clamp(LEAST, SOON)
 }
 
 /// Resolves `HOST:PORT`.

@@ -1,18 +1,20 @@
-//! Two hosts on one machine: identities that trust each other, state directories, `hybridmig recv`
-//! and `hybridmig send` between them, over a relayed link or none.
+//! Two hosts on one machine: identities that trust each other, state directories, an embedded guest,
+//! `hybridmig recv` and `hybridmig send` between them, over a relayed link or none.
 
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use hybridmig_engine::guest::workload::control::{Control, Standing};
 use hybridmig_engine::report::Report;
 use hybridmig_netem::{LinkSpec, Relay, RelayConfig, RelayHandle};
 use hybridmig_transport::identity::{Fingerprint, Identity};
 use tempfile::TempDir;
 
+use crate::keeper::Kept;
 use crate::process::{HybridmigProcess, hybridmig_binary};
 
 /// The link of the whole-system tests: 50 ms RTT, 200 Mbit/s, 0.5 % loss each way.
@@ -112,6 +114,170 @@ impl Host {
     }
 }
 
+impl Host {
+    /// Starts `hybridmig recv` for an embedded guest.
+    pub fn recv_workload(&self, peer: &Self, arguments: &[&str]) -> Result<(Recv, Arrived)> {
+        let arrived = Arrived {
+            control: self.path("arrived.sock"),
+        };
+        let mut words = vec![
+            "--workload".into(),
+            arrived.control.clone().into_os_string(),
+        ];
+        words.extend(arguments.iter().map(OsString::from));
+        Ok((self.recv(peer, words)?, arrived))
+    }
+
+    /// Starts `hybridmig send` of an embedded guest.
+    pub fn send_workload(
+        &self,
+        guest: &Guest,
+        peer: &Self,
+        to: SocketAddr,
+        arguments: &[&str],
+    ) -> Result<Send> {
+        let mut words = vec!["--workload".into(), guest.control.clone().into_os_string()];
+        words.extend(arguments.iter().map(OsString::from));
+        self.send(peer, to, words)
+    }
+
+    /// Runs `hybridmig resolve` and returns its exit code and all that it has said.
+    pub fn resolve(&self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+        let mut command = Command::new(hybridmig_binary()?);
+        command
+            .args(["resolve", "--state-dir"])
+            .arg(self.path("state"))
+            .args(arguments);
+        said(command)
+    }
+
+    /// Runs `hybridmig check` and returns its exit code and all that it has said.
+    pub fn check(&self, peer: &Self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+        let mut command = self.command("check", peer)?;
+        command.args(arguments);
+        said(command)
+    }
+}
+
+/// Runs a command that ends soon by itself.
+fn said(mut command: Command) -> Result<(Option<i32>, String)> {
+    let output = command.output().context("hybridmig cannot be started")?;
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.push_str(&String::from_utf8_lossy(&output.stderr));
+    Ok((output.status.code(), text))
+}
+
+/// The embedded guest at the source.
+pub struct Guest {
+    control: PathBuf,
+    _process: Kept,
+}
+
+impl Guest {
+    /// Starts it with the profile `web`.
+    pub fn start(host: &Host, mebibytes: u64) -> Result<Self> {
+        let control = host.path("guest.sock");
+        let mut command = Command::new(hybridmig_binary()?);
+        let size = format!("{mebibytes}M");
+        command
+            .args(["guest", "--size", &size, "--profile", "web"])
+            .arg("--control")
+            .arg(&control);
+        let mut process = Kept::start("guest", command)?;
+        Control::wait(&control, PATIENCE, || {
+            matches!(process.has_ended(), Ok(None))
+        })?;
+        Ok(Self {
+            control,
+            _process: process,
+        })
+    }
+
+    /// Its control socket.
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
+    /// Its control socket, as a word of a command line.
+    pub fn socket(&self) -> String {
+        self.control.display().to_string()
+    }
+
+    /// It runs here, its work goes on, and every page of it is right.
+    pub fn runs_here(&self) -> Result<()> {
+        runs_and_is_right(&self.control)
+    }
+
+    /// It stands still here.
+    pub fn is_frozen(&self) -> Result<()> {
+        let standing = Control::connect(&self.control)?.describe()?.standing;
+        ensure!(
+            standing == Standing::Frozen,
+            "the guest at the source is {standing:?}"
+        );
+        Ok(())
+    }
+}
+
+/// The embedded guest at the destination, which outlives `hybridmig recv`. Dropping this ends it.
+pub struct Arrived {
+    control: PathBuf,
+}
+
+impl Arrived {
+    /// Its control socket.
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
+    /// It runs here, its work goes on, and every page of it is right.
+    pub fn runs_here(&self) -> Result<()> {
+        runs_and_is_right(&self.control)
+    }
+
+    /// No guest is here, or none for long: one that was prepared in vain ends by itself.
+    pub fn is_nowhere(&self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while Control::connect(&self.control).is_ok() {
+            ensure!(
+                Instant::now() < deadline,
+                "a guest was left at the destination"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Arrived {
+    fn drop(&mut self) {
+        if let Ok(mut control) = Control::connect(&self.control)
+            && let Err(error) = control.stop()
+        {
+            eprintln!("the guest at {} goes on: {error}", self.control.display());
+        }
+    }
+}
+
+fn runs_and_is_right(control: &Path) -> Result<()> {
+    let mut control = Control::connect(control)?;
+    let before = control.describe()?;
+    ensure!(
+        before.standing == Standing::Running,
+        "the guest is {:?}",
+        before.standing
+    );
+    let deadline = Instant::now() + PATIENCE;
+    while control.describe()?.stats.operations <= before.stats.operations {
+        ensure!(Instant::now() < deadline, "the guest does no more work");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    control.freeze(PATIENCE)?;
+    control.verify().context("the guest found wrong contents")?;
+    control.thaw()?;
+    Ok(())
+}
+
 /// A running `hybridmig recv`.
 pub struct Recv {
     /// The process.
@@ -122,6 +288,11 @@ pub struct Recv {
 }
 
 impl Recv {
+    /// Waits for the end and fails unless it is `code`.
+    pub fn ends_with(&mut self, code: i32, patience: Duration) -> Result<()> {
+        ends_with("recv", &mut self.process, code, patience)
+    }
+
     /// Its report, once it has ended.
     pub fn report(&self) -> Result<Report> {
         read_report(&self.report)
@@ -143,15 +314,24 @@ impl Send {
 
     /// Waits for the end and fails unless it is `code`.
     pub fn ends_with(&mut self, code: i32, patience: Duration) -> Result<()> {
-        let status = self.process.wait(patience)?;
-        ensure!(
-            status.code() == Some(code),
-            "send ended with {status} instead of {code}; it has said:\n{}\n{}",
-            self.process.stdout().tail(30),
-            self.process.stderr().tail(30)
-        );
-        Ok(())
+        ends_with("send", &mut self.process, code, patience)
     }
+}
+
+fn ends_with(
+    name: &str,
+    process: &mut HybridmigProcess,
+    code: i32,
+    patience: Duration,
+) -> Result<()> {
+    let status = process.wait(patience)?;
+    ensure!(
+        status.code() == Some(code),
+        "{name} ended with {status} instead of {code}; it has said:\n{}\n{}",
+        process.stdout().tail(30),
+        process.stderr().tail(30)
+    );
+    Ok(())
 }
 
 fn read_report(path: &Path) -> Result<Report> {

@@ -3,14 +3,11 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
-use hybridmig_engine::guest::workload::control::{Control, Standing};
-use hybridmig_tests::keeper::Kept;
-use hybridmig_tests::migration::{Host, PATIENCE, Recv, relay};
+use anyhow::{Result, bail, ensure};
+use hybridmig_engine::guest::workload::control::Control;
+use hybridmig_tests::migration::{Guest, Host, PATIENCE, Recv, relay};
 use hybridmig_tests::{Vm, VmConfig, free_udp_address, hybridmig_binary};
 use hybridmig_transport::identity::Identity;
 use hybridmig_transport::message::{Message, RefusalCode, SessionId};
@@ -20,61 +17,6 @@ use nix::sys::signal::Signal;
 
 /// Slow enough that a migration of 64 MiB is still in pre-copy when the test acts.
 const SLOW_LINK: &str = "delay 10ms rate 20mbit limit 50ms";
-
-/// The embedded guest at the source.
-struct Guest {
-    control: PathBuf,
-    _process: Kept,
-}
-
-impl Guest {
-    fn start(host: &Host, mebibytes: u64) -> Result<Self> {
-        let control = host.path("guest.sock");
-        let mut command = Command::new(hybridmig_binary()?);
-        command
-            .args([
-                "guest",
-                "--size",
-                &format!("{mebibytes}M"),
-                "--profile",
-                "web",
-            ])
-            .arg("--control")
-            .arg(&control);
-        let mut process = Kept::start("guest", command)?;
-        Control::wait(&control, PATIENCE, || {
-            matches!(process.has_ended(), Ok(None))
-        })?;
-        Ok(Self {
-            control,
-            _process: process,
-        })
-    }
-
-    fn socket(&self) -> String {
-        self.control.display().to_string()
-    }
-
-    /// It runs here, its work goes on, and every page of it is right.
-    fn runs_here(&self) -> Result<()> {
-        let mut control = Control::connect(&self.control)?;
-        let before = control.describe()?;
-        ensure!(
-            before.standing == Standing::Running,
-            "the guest is {:?}",
-            before.standing
-        );
-        let deadline = Instant::now() + PATIENCE;
-        while control.describe()?.stats.operations <= before.stats.operations {
-            ensure!(Instant::now() < deadline, "the guest does no more work");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        control.freeze(PATIENCE)?;
-        control.verify().context("the guest found wrong contents")?;
-        control.thaw()?;
-        Ok(())
-    }
-}
 
 /// `hybridmig recv` for an embedded guest.
 fn recv(at: &Host, from: &Host) -> Result<Recv> {

@@ -17,7 +17,7 @@ use super::destination_report::{Facts, build, summary};
 use super::sampler::{INTERVAL, Sampler};
 use super::source::{AbortOnDrop, cancelled, chain};
 use super::worker::Worker;
-use super::{DriverError, LinkTasks, say_goodbye};
+use super::{DriverError, LinkTasks, say_goodbye, say_goodbye_briefly};
 use crate::guest::{DestinationGuest, GuestResult};
 use crate::journal::{Context, Journal};
 use crate::report::{Report, Verified};
@@ -223,7 +223,7 @@ async fn serve(
     };
     driver.adopt(first);
     let outcome = driver.drive(&mut queue, arrived, cancel, progress).await;
-    driver.farewell().await;
+    driver.farewell(&outcome).await;
 
     let verified = match &outcome {
         DestinationOutcome::Moved if job.verify => {
@@ -437,9 +437,16 @@ impl Driver {
         self.handle(DestinationInput::Message(hello));
     }
 
-    async fn farewell(&mut self) {
-        if let Some(tasks) = self.tasks.take() {
-            say_goodbye(tasks, CloseCode::DONE, "done".to_owned()).await;
+    async fn farewell(&mut self, outcome: &DestinationOutcome) {
+        let Some(tasks) = self.tasks.take() else {
+            return;
+        };
+        let done = "done".to_owned();
+        match outcome {
+            DestinationOutcome::Cancelled { .. } => {
+                say_goodbye_briefly(tasks, CloseCode::DONE, done).await;
+            }
+            _ => say_goodbye(tasks, CloseCode::DONE, done).await,
         }
     }
 }

@@ -55,8 +55,11 @@ pub enum DriverError {
 /// Control messages that may wait to be sent.
 const CONTROL_DEPTH: usize = 4096;
 
-/// How long the peer is given to take the last messages and close.
+/// How long the peer is given to take last messages that it waits for.
 const FAREWELL: Duration = Duration::from_secs(10);
+
+/// How long it is given, at least, to take those that it can do without.
+const BRIEF_FAREWELL: Duration = Duration::from_secs(1);
 
 /// The tasks that serve one link. They end with it, or when this is dropped.
 pub(crate) struct LinkTasks {
@@ -123,14 +126,31 @@ impl Drop for LinkTasks {
 
 /// Sends what is queued, waits until the peer's transport has all of it (it reads what it has
 /// before it looks at the close), then closes with `reason`.
-pub(crate) async fn say_goodbye(mut tasks: LinkTasks, code: CloseCode, reason: String) {
+pub(crate) async fn say_goodbye(tasks: LinkTasks, code: CloseCode, reason: String) {
+    say_goodbye_within(FAREWELL, tasks, code, reason).await;
+}
+
+/// Like [`say_goodbye`], for an operator who waits and a peer that finds out by itself: over a link
+/// that works nothing is lost, and a dead one is not waited for.
+pub(crate) async fn say_goodbye_briefly(tasks: LinkTasks, code: CloseCode, reason: String) {
+    // The first try and what a lossy link makes of it.
+    let patience = (8 * tasks.link.stats().rtt).clamp(BRIEF_FAREWELL, FAREWELL);
+    say_goodbye_within(patience, tasks, code, reason).await;
+}
+
+async fn say_goodbye_within(
+    patience: Duration,
+    mut tasks: LinkTasks,
+    code: CloseCode,
+    reason: String,
+) {
     tasks.control.take();
     // The end of this link is of no interest any more.
     tasks.tasks.abort_all();
-    match tokio::time::timeout(FAREWELL, &mut tasks.writer).await {
+    match tokio::time::timeout(patience, &mut tasks.writer).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::error!("the control lane's task failed: {error}"),
-        Err(_) => tracing::warn!("the peer did not take the last messages within {FAREWELL:?}"),
+        Err(_) => tracing::warn!("the peer did not take the last messages within {patience:?}"),
     }
     tasks.link.close(code, &reason);
 }

@@ -17,7 +17,7 @@ use super::sampler::{INTERVAL, Sampler};
 use super::source_data::DataPlane;
 use super::source_report::{Marks, build};
 use super::worker::Worker;
-use super::{DriverError, LinkTasks, figures, say_goodbye};
+use super::{DriverError, LinkTasks, figures, say_goodbye, say_goodbye_briefly};
 use crate::guest::{GuestError, GuestResult, SourceGuest};
 use crate::journal::{Context, Journal};
 use crate::report::Report;
@@ -114,7 +114,7 @@ pub async fn run(
     };
     driver.adopt(link).await;
     let outcome = driver.drive(input_queue, &mut cancel, &progress).await;
-    driver.farewell().await;
+    driver.farewell(&outcome).await;
 
     let report = build(&driver.summary(started_unix, &outcome), &sampler);
     driver.plane.stop();
@@ -233,9 +233,14 @@ impl Driver {
     }
 
     /// Lets the last messages reach the destination before the connection goes.
-    async fn farewell(&mut self) {
-        if let Some(tasks) = self.tasks.take() {
-            say_goodbye(tasks, CloseCode::DONE, "done".to_owned()).await;
+    async fn farewell(&mut self, outcome: &SourceOutcome) {
+        let Some(tasks) = self.tasks.take() else {
+            return;
+        };
+        let done = "done".to_owned();
+        match outcome {
+            SourceOutcome::Moved => say_goodbye(tasks, CloseCode::DONE, done).await,
+            _ => say_goodbye_briefly(tasks, CloseCode::DONE, done).await,
         }
     }
 
@@ -258,24 +263,43 @@ impl Driver {
     }
 }
 
-/// Dials again and again, with a pause between the attempts that survives being polled anew.
+/// Dials again and again on a task of its own: an attempt takes several round trips, in which the
+/// driver has other things to do.
 #[derive(Default)]
 struct Redial {
-    not_before: Option<tokio::time::Instant>,
+    dialing: Option<(tokio::task::JoinHandle<Link>, AbortOnDrop)>,
 }
 
 impl Redial {
-    async fn run(&mut self, endpoint: &Endpoint, target: SocketAddr) -> Link {
+    /// The new link. May be dropped and called again while it waits.
+    async fn run(&mut self, endpoint: &Arc<Endpoint>, target: SocketAddr) -> Link {
         loop {
-            if let Some(at) = self.not_before {
-                sleep_until(at).await;
-            }
-            self.not_before = Some(tokio::time::Instant::now() + REDIAL);
-            match endpoint.connect(target).await {
+            let (dialing, _) = self.dialing.get_or_insert_with(|| {
+                let task = tokio::spawn(redial(endpoint.clone(), target));
+                let abort = AbortOnDrop(task.abort_handle());
+                (task, abort)
+            });
+            let dialed = dialing.await;
+            self.dialing = None;
+            match dialed {
                 Ok(link) => return link,
-                Err(error) => tracing::info!("{target} is not back yet: {error}"),
+                Err(error) => {
+                    tracing::error!("dialing {target} failed: {error}");
+                    tokio::time::sleep(REDIAL).await;
+                }
             }
         }
+    }
+}
+
+async fn redial(endpoint: Arc<Endpoint>, target: SocketAddr) -> Link {
+    loop {
+        let next = tokio::time::Instant::now() + REDIAL;
+        match endpoint.connect(target).await {
+            Ok(link) => return link,
+            Err(error) => tracing::info!("{target} is not back yet: {}", chain(&error)),
+        }
+        sleep_until(next).await;
     }
 }
 
