@@ -48,7 +48,7 @@ test-run:
 	cargo nextest run --locked --workspace
 
 .PHONY: bench
-bench: setup-build ## run the benchmarks: 3 minutes, after as long to build (as root: they attach to processes)
+bench: setup-build ## run the benchmarks as root: 2 minutes on an idle machine, after a release build
 	cargo bench --locked --package hybridmig-bench --benches
 
 .PHONY: deny

@@ -3,7 +3,7 @@
 //! looks into a datagram.
 //!
 //! Every client has its own socket towards the target, so the target sees as many peers as
-//! there are clients. Each direction runs on one thread; see [`direction`].
+//! there are clients. Each direction runs on one thread; see `direction`.
 
 mod direction;
 

@@ -74,6 +74,12 @@ fn arm(guest: &Guest, missing: &RoaringBitmap, written: &RoaringBitmap, sink: Ar
     .unwrap()
 }
 
+/// Everything is missing.
+fn arm_empty(guest: &Guest, sink: Arc<Sink>) -> Placer {
+    let missing = (0..guest.memory.blocks()).collect();
+    arm(guest, &missing, &RoaringBitmap::new(), sink)
+}
+
 #[test]
 fn threads_fault_while_blocks_are_pushed() {
     let mut guest = Guest::new(PAGES);
@@ -176,7 +182,7 @@ fn zero_runs_wake_who_waits_and_take_no_memory() {
         queue: Some(queue),
         ..Sink::default()
     });
-    let placer = arm(&guest, &(0..1024).collect(), &RoaringBitmap::new(), sink);
+    let placer = arm_empty(&guest, sink);
     guest.process.send("verify 0 1");
     let waited = faults.recv_timeout(Duration::from_secs(20)).unwrap();
     placer.place_zero(0, 0, 1024).unwrap();
@@ -186,12 +192,7 @@ fn zero_runs_wake_who_waits_and_take_no_memory() {
     placer.disarm().unwrap();
 
     let second = Guest::new(1024);
-    let placer = arm(
-        &second,
-        &(0..1024).collect(),
-        &RoaringBitmap::new(),
-        Arc::default(),
-    );
+    let placer = arm_empty(&second, Arc::default());
     placer.place_zero(0, 0, 1024).unwrap();
     placer.disarm().unwrap();
     assert!(second.memory.populated().unwrap().is_empty());
@@ -253,12 +254,7 @@ fn memory_given_back_stays_zero_whatever_is_pushed() {
 fn blocks_that_were_unmapped_go_to_the_file() {
     let mut guest = Guest::new(1024);
     let sink = Arc::new(Sink::default());
-    let placer = arm(
-        &guest,
-        &(0..1024).collect(),
-        &RoaringBitmap::new(),
-        Arc::clone(&sink),
-    );
+    let placer = arm_empty(&guest, Arc::clone(&sink));
     assert_eq!(guest.ask("unmap 512 100"), "done");
     placer.place(0, 0, &pages(0, 1024)).unwrap();
     placer.disarm().unwrap();
@@ -269,12 +265,7 @@ fn blocks_that_were_unmapped_go_to_the_file() {
 fn a_guest_that_dies_is_told() {
     let mut guest = Guest::new(1024);
     let sink = Arc::new(Sink::default());
-    let placer = arm(
-        &guest,
-        &(0..1024).collect(),
-        &RoaringBitmap::new(),
-        Arc::clone(&sink),
-    );
+    let placer = arm_empty(&guest, Arc::clone(&sink));
     guest.process.send(&format!("verify {SEED} 2"));
     guest.process.kill();
     assert!(matches!(

@@ -33,6 +33,15 @@ fn trusting(fingerprint: Fingerprint) -> Trust {
     Trust::new().with_peer(fingerprint)
 }
 
+/// Connects; what becomes of it at the client, and at the server.
+async fn meet(
+    client: &Endpoint,
+    server: &Endpoint,
+) -> (Result<Link, TransportError>, Result<Link, TransportError>) {
+    let addr = server.local_addr().unwrap();
+    soon(async { tokio::join!(client.connect(addr), server.accept()) }).await
+}
+
 struct Pair {
     client: Link,
     server: Link,
@@ -43,9 +52,7 @@ async fn pair_with(config: &TransportConfig) -> Pair {
     let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
     let server = Endpoint::server(LOCALHOST, &bob, trusting(alice.fingerprint()), config).unwrap();
     let client = Endpoint::client(&alice, trusting(bob.fingerprint()), config).unwrap();
-    let addr = server.local_addr().unwrap();
-    let (at_client, at_server) =
-        soon(async { tokio::join!(client.connect(addr), server.accept()) }).await;
+    let (at_client, at_server) = meet(&client, &server).await;
     let pair = Pair {
         client: at_client.unwrap(),
         server: at_server.unwrap(),
@@ -98,8 +105,7 @@ async fn a_stranger_is_refused_and_both_sides_say_why() {
     let server = Endpoint::server(LOCALHOST, &bob, trust, &config()).unwrap();
     let addr = server.local_addr().unwrap();
     let client = Endpoint::client(&alice, trusting(bob.fingerprint()), &config()).unwrap();
-    let (at_client, at_server) =
-        soon(async { tokio::join!(client.connect(addr), server.accept()) }).await;
+    let (at_client, at_server) = meet(&client, &server).await;
 
     let hers = alice.fingerprint();
     match at_server.unwrap_err() {
@@ -126,8 +132,7 @@ async fn a_stranger_is_refused_and_both_sides_say_why() {
 
     // The server goes on: a friend gets in after the stranger.
     let client = Endpoint::client(&friend, trusting(bob.fingerprint()), &config()).unwrap();
-    let (at_client, at_server) =
-        soon(async { tokio::join!(client.connect(addr), server.accept()) }).await;
+    let (at_client, at_server) = meet(&client, &server).await;
     at_client.unwrap();
     at_server.unwrap();
 }
@@ -137,14 +142,12 @@ async fn a_server_with_the_wrong_certificate_is_refused_and_learns_why() {
     let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
     let trust = trusting(alice.fingerprint());
     let server = Endpoint::server(LOCALHOST, &bob, trust, &config()).unwrap();
-    let addr = server.local_addr().unwrap();
     for (trust, words) in [
         (trusting(alice.fingerprint()), "is not trusted here"),
         (Trust::new(), "no peer is"),
     ] {
         let client = Endpoint::client(&alice, trust, &config()).unwrap();
-        let (at_client, at_server) =
-            soon(async { tokio::join!(client.connect(addr), server.accept()) }).await;
+        let (at_client, at_server) = meet(&client, &server).await;
         match at_client.unwrap_err() {
             TransportError::Stranger {
                 fingerprint,
@@ -209,8 +212,7 @@ async fn a_peer_signed_by_the_authority_is_accepted_in_either_role() {
     let server = Endpoint::server(LOCALHOST, &bob, trust(&alices_ca), &config()).unwrap();
     let addr = server.local_addr().unwrap();
     let client = Endpoint::client(&alice, trust(&bobs_ca), &config()).unwrap();
-    let (at_client, at_server) =
-        soon(async { tokio::join!(client.connect(addr), server.accept()) }).await;
+    let (at_client, at_server) = meet(&client, &server).await;
     assert!(at_client.unwrap().peer().by_authority);
     assert!(at_server.unwrap().peer().by_authority);
 
@@ -237,8 +239,7 @@ async fn garbage_on_the_port_is_ignored() {
         }
     }
     let client = Endpoint::client(&alice, trusting(bob.fingerprint()), &config()).unwrap();
-    let (at_client, at_server) =
-        soon(async { tokio::join!(client.connect(addr), server.accept()) }).await;
+    let (at_client, at_server) = meet(&client, &server).await;
     at_client.unwrap();
     at_server.unwrap();
 }

@@ -6,11 +6,11 @@ use hybridmig_transport::link::Link;
 use hybridmig_transport::message::{DestinationSummary, Offer, SessionId};
 
 use super::destination_data::ApplyPlane;
-use super::figures;
+use super::link_report;
 use super::sampler::Sampler;
 use super::source_report::codecs;
 use crate::guest::DestinationGuest;
-use crate::report::{Faults, Link as LinkReport, PhaseTraffic, Report, Side, Times, Verified};
+use crate::report::{Faults, PhaseTraffic, Report, Side, Times, Verified};
 use crate::session::io::DestinationOutcome;
 
 /// Speed samples in a summary.
@@ -138,15 +138,7 @@ pub fn build(facts: Facts<'_>) -> Report {
     let min_rtt = facts
         .link
         .map_or(Duration::ZERO, |link| link.stats().min_rtt);
-    if let Some(link) = facts.link {
-        let stats = link.stats();
-        report.link = Some(LinkReport {
-            sent_bytes: stats.sent_bytes,
-            received_bytes: stats.received_bytes,
-            reconnects: facts.reconnects,
-            ..LinkReport::from(figures(link))
-        });
-    }
+    report.link = facts.link.map(|link| link_report(link, facts.reconnects));
     if resumed.is_some() {
         let summary = summary(facts.plane, facts.guest, facts.sampler);
         report.faults = Some(Faults::from_summary(&summary, min_rtt));

@@ -205,6 +205,17 @@ pub(crate) fn append<R: Record + Clone>(
     journal.as_mut().expect("made above").append(record)
 }
 
+/// What a report says of the link, of which that many were lost before.
+fn link_report(link: &Link, reconnects: u32) -> crate::report::Link {
+    let stats = link.stats();
+    crate::report::Link {
+        sent_bytes: stats.sent_bytes,
+        received_bytes: stats.received_bytes,
+        reconnects,
+        ..figures(link).into()
+    }
+}
+
 /// The transport's figures in the machine's form.
 pub(crate) fn figures(link: &Link) -> LinkFigures {
     let stats = link.stats();

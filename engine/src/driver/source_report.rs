@@ -7,14 +7,13 @@ use hybridmig_transport::codec::CodecStats;
 use hybridmig_transport::link::Link;
 use hybridmig_transport::message::{DestinationSummary, Message, ResumeTimings};
 
-use super::figures;
+use super::link_report;
 use super::sampler::Sampler;
 use super::source_data::DataPlane;
 use crate::agility::{SpeedSample, agility};
 use crate::guest::SourceGuest;
 use crate::report::{
-    CodecTraffic, Downtime, Faults, Link as LinkReport, PhaseTraffic, Report, Round, Side, Times,
-    Verified,
+    CodecTraffic, Downtime, Faults, PhaseTraffic, Report, Round, Side, Times, Verified,
 };
 use crate::session::io::{SourceCommand, SourceInput, SourceOutcome};
 use crate::session::source::SourceConfig;
@@ -111,15 +110,7 @@ pub fn build(facts: &Facts<'_>, sampler: &Sampler) -> Report {
     let min_rtt = facts
         .link
         .map_or(Duration::ZERO, |link| link.stats().min_rtt);
-    if let Some(link) = facts.link {
-        let stats = link.stats();
-        report.link = Some(LinkReport {
-            sent_bytes: stats.sent_bytes,
-            received_bytes: stats.received_bytes,
-            reconnects: facts.reconnects,
-            ..LinkReport::from(figures(link))
-        });
-    }
+    report.link = facts.link.map(|link| link_report(link, facts.reconnects));
     {
         let machine = facts.plane.machine();
         report.rounds = machine

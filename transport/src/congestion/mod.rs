@@ -1,5 +1,5 @@
 //! Congestion control: which controller a connection uses, and the seam to QUIC. [`adaptive`] knows
-//! nothing of QUIC, [`quic`] nothing of control.
+//! nothing of QUIC, `quic` nothing of control.
 
 pub mod adaptive;
 pub(crate) mod quic;

@@ -17,7 +17,8 @@ use hybridmig_pager::{
 use super::process::QemuProcess;
 use super::qmp::Qmp;
 use crate::blocks::{BlockSet, Blocks, RegionId};
-use crate::guest::{FaultAnswer, FaultSink, GuestError, GuestResult};
+use crate::guest::paging::PagerSink;
+use crate::guest::{FaultSink, GuestError, GuestResult};
 
 /// Name of the descriptor of `/dev/userfaultfd` that an unprivileged QEMU is given for a moment.
 const DEVICE_FD: &str = "hybridmig-userfaultfd";
@@ -106,7 +107,7 @@ pub fn arm(
             regions,
             Arc::new(map),
             &written,
-            Arc::new(Told(faults)),
+            Arc::new(PagerSink(faults)),
             PlacerConfig::default(),
         )
     });
@@ -136,7 +137,7 @@ pub fn take_over(
         pid,
         regions(pid, memory)?,
         Arc::new(missing),
-        Arc::new(Told(faults)),
+        Arc::new(PagerSink(faults)),
         PlacerConfig::default(),
     )
     .map_err(cannot)?;
@@ -232,27 +233,4 @@ fn blocks(sets: Vec<(u16, BlockSet)>) -> Blocks {
     sets.into_iter()
         .map(|(region, set)| (RegionId(region), set))
         .collect()
-}
-
-/// The engine's sink in the pager's terms.
-struct Told(Arc<dyn FaultSink>);
-
-impl hybridmig_pager::FaultSink for Told {
-    fn fault(&self, region: u16, block: u32) -> hybridmig_pager::FaultAnswer {
-        match self.0.fault(RegionId(region), block) {
-            FaultAnswer::Requested => hybridmig_pager::FaultAnswer::Requested,
-            FaultAnswer::Zero => hybridmig_pager::FaultAnswer::Zero,
-        }
-    }
-
-    fn removed(&self, region: u16, first: u32, count: u32) {
-        self.0.removed(RegionId(region), first, count);
-    }
-
-    fn failed(&self, error: PagerError) {
-        self.0.failed(GuestError::caused(
-            "the guest's memory is no longer paged",
-            error,
-        ));
-    }
 }

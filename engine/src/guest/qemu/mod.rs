@@ -3,12 +3,12 @@
 //! What the VM must be like, what is refused and how it works: `docs/qemu.md`. QEMU's own
 //! migration is used for device state only; its RAM never passes through it.
 //!
-//! - [`preflight`] finds out, without touching the guest, whether it can be moved; [`facts`] asks
-//!   QEMU, [`process`] asks `/proc`, [`compare`] holds the two sides against each other;
-//! - [`source`] and [`destination`] are the two ends of a migration; [`door`] is their way into
-//!   QEMU's address space, [`state`] carries the device state, [`launch`] starts a destination's
-//!   QEMU, [`record`] is what a killed destination leaves for the next one;
-//! - [`qmp`] and [`commands`] are the dialogue with QEMU.
+//! - `preflight` finds out, without touching the guest, whether it can be moved; `facts` asks
+//!   QEMU, `process` asks `/proc`, `compare` holds the two sides against each other;
+//! - `source` and `destination` are the two ends of a migration; `door` is their way into
+//!   QEMU's address space, `state` carries the device state, `launch` starts a destination's
+//!   QEMU, `record` is what a killed destination leaves for the next one;
+//! - `qmp` and `commands` are the dialogue with QEMU.
 
 mod commands;
 pub mod compare;

@@ -105,11 +105,7 @@ pub fn restore_capabilities(qmp: &Qmp, before: Vec<Capability>) -> GuestResult<(
 /// Takes the device state out of a stopped guest. Afterwards its run state is `postmigrate`.
 pub fn save(qmp: &Qmp) -> GuestResult<Vec<u8>> {
     let deadline = Instant::now() + SAVE_TIMEOUT;
-    let (ours, theirs) = pair()?;
-    let name = fd_name();
-    qmp.send_fd(&name, theirs.as_fd())
-        .map_err(|error| GuestError::caused("cannot give QEMU a socket for the state", error))?;
-    drop(theirs);
+    let (ours, name) = share_socket(qmp)?;
     thread::scope(|scope| {
         let drain = scope.spawn(|| drain(&ours));
         let result = qmp
@@ -168,11 +164,7 @@ pub fn cancel(qmp: &Qmp) -> Result<(), QmpError> {
 /// loaded. The guest does not run afterwards. A QEMU that could not load it may have exited.
 pub fn load(qmp: &Qmp, state: &[u8]) -> GuestResult<()> {
     let deadline = Instant::now() + LOAD_TIMEOUT;
-    let (ours, theirs) = pair()?;
-    let name = fd_name();
-    qmp.send_fd(&name, theirs.as_fd())
-        .map_err(|error| GuestError::caused("cannot give QEMU a socket for the state", error))?;
-    drop(theirs);
+    let (ours, name) = share_socket(qmp)?;
     thread::scope(|scope| {
         let feed = scope.spawn(|| feed(&ours, state));
         let result = qmp
@@ -194,9 +186,14 @@ pub fn load(qmp: &Qmp, state: &[u8]) -> GuestResult<()> {
     })
 }
 
-fn pair() -> GuestResult<(UnixStream, UnixStream)> {
-    UnixStream::pair()
-        .map_err(|error| GuestError::caused("cannot create a socket for the device state", error))
+/// One end of a new socket, and the name under which QEMU has the other.
+fn share_socket(qmp: &Qmp) -> GuestResult<(UnixStream, String)> {
+    let (ours, theirs) = UnixStream::pair()
+        .map_err(|error| GuestError::caused("cannot create a socket for the state", error))?;
+    let name = fd_name();
+    qmp.send_fd(&name, theirs.as_fd())
+        .map_err(|error| GuestError::caused("cannot give QEMU a socket for the state", error))?;
+    Ok((ours, name))
 }
 
 /// A name that no earlier descriptor of ours can still have in QEMU.

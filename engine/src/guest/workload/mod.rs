@@ -1,9 +1,9 @@
 //! The embedded guest: a process with memory that it verifies, an access pattern and a speed. It
 //! needs nothing installed and no privileges. `docs/workload.md` describes it.
 //!
-//! - what it does: [`profile`] (numbers), [`pattern`] (which page next), [`pages`] (contents),
-//!   [`partition`] (the generation table and the final verification), [`workers`] (threads);
-//! - how it is reached: [`options`], [`process`] ([`run`]), [`service`], [`control`], [`stats`];
+//! - what it does: `profile` (numbers), `pattern` (which page next), `pages` (contents),
+//!   `partition` (the generation table and the final verification), `workers` (threads);
+//! - how it is reached: `options`, `process` (`run`), `service`, `control`, `stats`;
 //! - what it is to the engine: [`WorkloadSource`], [`WorkloadDestination`].
 
 pub mod control;

@@ -34,7 +34,7 @@ pub struct ContentShares {
     pub zero: u32,
     /// Pages of words, which zstd packs to about a third.
     pub text: u32,
-    /// Pages that are byte for byte equal to others: one of [`DUPLICATE_POOL`] contents.
+    /// Pages that are byte for byte equal to others: one of `DUPLICATE_POOL` contents.
     pub duplicate: u32,
 }
 
