@@ -17,6 +17,9 @@ use crate::units::{show_bytes, show_rate, show_time};
 /// Time between two plain lines.
 const LINE: Duration = Duration::from_secs(2);
 
+/// Bytes sent from which on the time that is left is estimated.
+const SETTLED: u64 = 4 << 20;
+
 /// The phase as people say it.
 pub fn phase_name(phase: Phase) -> &'static str {
     match phase {
@@ -96,7 +99,8 @@ fn source_line(progress: &SourceProgress) -> String {
         show_rate(progress.rate),
         progress.blocks_remaining,
     ));
-    if let Some(eta) = progress.eta {
+    // The first bytes say nothing about the rate of the rest.
+    if let Some(eta) = progress.eta.filter(|_| progress.bytes_sent >= SETTLED) {
         text.push_str(&format!(", about {}", show_time(eta)));
     }
     if progress.faults > 0 {

@@ -120,9 +120,10 @@ pub fn figures(report: &Report) -> String {
             "lost work L",
             format!("{} (PRA {pra})", seconds(agility.lost_work)),
         );
-        let t95 = agility
-            .t95
-            .map_or("not within the migration".to_owned(), seconds);
+        let t95 = agility.t95.map_or(
+            "not seen before the last block was in place".to_owned(),
+            seconds,
+        );
         table.row("speed ≥ 95 % after", t95);
     }
     if !report.rounds.is_empty() {
@@ -132,13 +133,17 @@ pub fn figures(report: &Report) -> String {
         traffic(&mut table, phase);
     }
     if let Some(faults) = &report.faults {
-        table.row(
-            "demand faults",
-            format!(
-                "{} over the network (p50 {:.1} ms, p99 {:.1} ms), {} answered at the destination",
-                faults.network, faults.p50_ms, faults.p99_ms, faults.local
-            ),
+        let mut text = format!(
+            "{} over the network, {} answered at the destination",
+            faults.network, faults.local
         );
+        if faults.network > 0 {
+            text.push_str(&format!(
+                "; latency p50 {:.1} ms, p99 {:.1} ms",
+                faults.p50_ms, faults.p99_ms
+            ));
+        }
+        table.row("demand faults", text);
         table.row("threads waited", seconds(faults.blocked));
     }
     if let Some(link) = &report.link {

@@ -191,7 +191,9 @@ impl Demo {
                 &self.args.mode.to_string(),
             ])
             .arg("--json")
-            .arg(self.file("send.json"));
+            .arg(self.file("send.json"))
+            // Shown once, at the end, from the report.
+            .stdout(Stdio::null());
         Running::start(command, "hybridmig send")?.wait_for_exit()
     }
 
