@@ -47,6 +47,7 @@ fn migrate(
         report.faults.as_ref().map_or(0, |faults| faults.network),
         report.agility.as_ref().map(|agility| agility.lost_work),
     );
+    println!("{}", send.process.stderr().tail(20));
     println!("{}", send.process.stdout().tail(40));
     relay.stop();
     Ok(())
