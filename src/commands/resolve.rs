@@ -76,8 +76,8 @@ fn show_source(path: &Path, session: SessionId, always: bool) -> anyhow::Result<
                 "IN DOUBT: ownership was sent and no answer is recorded. Run `hybridmig resolve \
                  {session}` at the destination. If it says that it never accepted, or that host is \
                  off for good: hybridmig resolve {session} --run-here --it-does-not-run-there \
-                 --qmp SOCKET. If the guest runs there, running it here too would corrupt what both \
-                 write to"
+                 --qmp SOCKET (or --workload SOCKET). If the guest runs there, running it here \
+                 too would corrupt what both write to"
             ),
         }
     );

@@ -1,12 +1,15 @@
 //! What breaks while a guest moves: the link, a process, the memory or the disk of a host. The guest
 //! must run on exactly one side, or on none and wait for a person; and no byte of it may be wrong.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use hybridmig_engine::guest::workload::control::Control;
+use hybridmig_engine::guest::workload::control::{Control, Standing};
+use hybridmig_engine::journal;
 use hybridmig_netem::RelayHandle;
+use hybridmig_tests::HybridmigProcess;
 use hybridmig_tests::migration::{Arrived, Guest, Host, PATIENCE, Recv, Send, relay};
+use nix::libc;
 use nix::sys::signal::Signal;
 
 /// Slow enough that a migration of 64 MiB is still in pre-copy when the test acts.
@@ -18,6 +21,9 @@ const POSTCOPY_LINK: &str = "delay 10ms rate 20mbit limit 50ms";
 /// The handover is under way for a third of a second.
 const LONG_LINK: &str = "delay 150ms rate 100mbit limit 100ms";
 
+/// The handover is under way for so long that it can be cut off for certain.
+const FAR_LINK: &str = "delay 500ms rate 100mbit limit 200ms";
+
 /// How long a cut lasts where the link comes back.
 const CUT: Duration = Duration::from_secs(2);
 
@@ -27,8 +33,8 @@ const SHORT: [&str; 2] = ["--patience", "6s"];
 
 /// A guest on its way from one host to another.
 struct Move {
-    _source: Host,
-    _destination: Host,
+    source: Host,
+    destination: Host,
     guest: Guest,
     send: Send,
     recv: Recv,
@@ -44,8 +50,8 @@ impl Move {
         let relay = relay(recv.address, link, 1)?;
         let send = source.send_workload(&guest, &destination, relay.local_addr(), send)?;
         Ok(Self {
-            _source: source,
-            _destination: destination,
+            source,
+            destination,
             guest,
             send,
             recv,
@@ -58,6 +64,11 @@ impl Move {
     fn reach(&self, phase: &str) -> Result<()> {
         self.send.process.wait_for_stderr(phase, PATIENCE)?;
         Ok(())
+    }
+
+    /// The session of a send that has ended.
+    fn session(&self) -> Result<String> {
+        Ok(self.send.report()?.session)
     }
 
     /// The destination has it all, and the guest has found every byte right.
@@ -166,10 +177,8 @@ fn a_destination_ends_what_it_prepared_for_a_source_that_was_killed() -> Result<
     it.reach("pre-copy")?;
     it.send.process.kill()?;
     it.recv.process.wait_for_stderr("lost", PATIENCE)?;
+    // It stays for a while, to answer a source that comes back.
     it.arrived.is_nowhere()?;
-    // It stays to answer a source that comes back, until its operator is tired of it.
-    it.recv.process.signal(Signal::SIGTERM)?;
-    it.recv.ends_with(4, PATIENCE)?;
     it.guest.runs_here()
 }
 
@@ -180,5 +189,206 @@ fn a_destination_killed_in_precopy_leaves_the_guest_at_the_source() -> Result<()
     it.recv.process.kill()?;
     it.send.ends_with(4, PATIENCE)?;
     it.arrived.is_nowhere()?;
+    it.guest.runs_here()
+}
+
+/// The guest runs at the destination without its pager, and the source keeps the rest of it.
+#[test]
+fn a_destination_killed_in_postcopy_leaves_the_source_frozen() -> Result<()> {
+    let arguments = ["--mode", "postcopy", "--patience", "6s"];
+    let mut it = Move::start(16, POSTCOPY_LINK, &arguments, &[])?;
+    it.reach("post-copy")?;
+    it.recv.process.kill()?;
+    it.send.ends_with(7, PATIENCE)?;
+    it.send
+        .process
+        .wait_for_stdout("keep the frozen guest", PATIENCE)?;
+    it.guest.is_frozen()?;
+    let there = Control::connect(it.arrived.control())?.describe()?;
+    ensure!(
+        there.standing == Standing::Running && there.paged,
+        "the guest at the destination is not to be taken over: {there:?}"
+    );
+
+    let session = it.session()?;
+    says(
+        it.source.resolve(&[&session])?,
+        0,
+        &["the guest is the destination's", "keep the frozen guest"],
+    )?;
+    says(
+        it.destination.resolve(&[&session])?,
+        0,
+        &["the guest is this host's", "only at the source"],
+    )?;
+    let socket = it.guest.socket();
+    let run_here = [&session, "--run-here", "--it-does-not-run-there"];
+    let run_here = [&run_here[..], &["--workload", &socket]].concat();
+    says(it.source.resolve(&run_here)?, 1, &["must not run here"])?;
+    it.guest.is_frozen()
+}
+
+/// Ownership is on its way when the link is cut and the destination killed: nobody knows whether it
+/// has arrived. A person looks, and decides.
+#[test]
+fn a_destination_lost_with_the_handover_leaves_the_guest_in_doubt() -> Result<()> {
+    let arguments = ["--mode", "postcopy", "--patience", "6s"];
+    let mut it = Move::start(16, FAR_LINK, &arguments, &[])?;
+    let state = it.source.path("state");
+    let deadline = Instant::now() + PATIENCE;
+    while journal::list(&state)?.is_empty() {
+        ensure!(Instant::now() < deadline, "no journal appears");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    it.relay.set_down(true);
+    it.recv.process.kill()?;
+    it.send.ends_with(6, PATIENCE)?;
+    it.send.process.wait_for_stdout("IN DOUBT", PATIENCE)?;
+    it.guest.is_frozen()?;
+    it.arrived.is_nowhere()?;
+
+    let session = it.session()?;
+    says(it.source.resolve(&[])?, 0, &[&session, "IN DOUBT"])?;
+    says(it.destination.resolve(&[&session])?, 0, &["never accepted"])?;
+    let socket = it.guest.socket();
+    let run_here = [&session, "--run-here", "--workload", &socket];
+    says(
+        it.source.resolve(&run_here)?,
+        1,
+        &["it is not known", "--it-does-not-run-there"],
+    )?;
+    it.guest.is_frozen()?;
+    let run_here = [&run_here[..], &["--it-does-not-run-there"]].concat();
+    says(it.source.resolve(&run_here)?, 0, &["runs here"])?;
+    it.guest.runs_here()?;
+    says(it.source.resolve(&[])?, 0, &["every session is settled"])
+}
+
+/// A command that has ended with `code`, and said each of `words`.
+fn says((ended, said): (Option<i32>, String), code: i32, words: &[&str]) -> Result<()> {
+    ensure!(ended == Some(code), "ended with {ended:?}: {said}");
+    for word in words {
+        ensure!(said.contains(word), "no word of '{word}' in: {said}");
+    }
+    Ok(())
+}
+
+/// Lets a process have no file longer than this, the memory of a guest included: what a full disk or
+/// tmpfs is to it, without one.
+fn limit_files(process: &HybridmigProcess, bytes: u64) -> Result<()> {
+    let limit = libc::rlimit {
+        rlim_cur: bytes,
+        rlim_max: bytes,
+    };
+    let pid = process.pid().cast_signed();
+    // SAFETY: reads one rlimit, writes none.
+    let set = unsafe {
+        libc::prlimit(
+            pid,
+            libc::RLIMIT_FSIZE,
+            &raw const limit,
+            std::ptr::null_mut(),
+        )
+    };
+    nix::errno::Errno::result(set).context("cannot limit a process")?;
+    Ok(())
+}
+
+/// Processes started from now on are told of a file that grows too long by an error, not a signal.
+fn errors_of_file_size() -> Result<()> {
+    use nix::sys::signal::{SigHandler, signal};
+    // SAFETY: to ignore a signal runs no code.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }?;
+    Ok(())
+}
+
+#[test]
+fn memory_that_cannot_be_had_at_the_destination_is_a_refusal() -> Result<()> {
+    errors_of_file_size()?;
+    let (a, b) = (Host::new()?, Host::new()?);
+    let guest = Guest::start(&a, 64)?;
+    let (recv, arrived) = b.recv_workload(&a, &[])?;
+    limit_files(&recv.process, 32 << 20)?;
+    let mut send = a.send_workload(&guest, &b, recv.address, &[])?;
+    send.ends_with(3, PATIENCE)?;
+    send.process.wait_for_stdout("File too large", PATIENCE)?;
+    arrived.is_nowhere()?;
+    guest.runs_here()
+}
+
+/// Puts a file where a host's state directory was.
+fn lose_state(host: &Host) -> Result<()> {
+    std::fs::rename(host.path("state"), host.path("state.away"))?;
+    std::fs::write(host.path("state"), "not a directory")?;
+    Ok(())
+}
+
+#[test]
+fn a_source_without_a_journal_hands_nothing_over() -> Result<()> {
+    let mut it = Move::start(16, POSTCOPY_LINK, &["--max-rounds", "1"], &[])?;
+    it.reach("pre-copy")?;
+    lose_state(&it.source)?;
+    it.send.ends_with(4, PATIENCE)?;
+    it.send
+        .process
+        .wait_for_stdout("handover could not be recorded", PATIENCE)?;
+    it.arrived.is_nowhere()?;
+    it.guest.runs_here()?;
+
+    // And a send that begins like this does not begin.
+    let words = ["--to", "127.0.0.1:9"];
+    let mut command = it.source.command("send", &it.destination)?;
+    command.args(words).args(["--workload", &it.guest.socket()]);
+    let output = command.output()?;
+    ensure!(output.status.code() == Some(1), "{}", output.status);
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(said.contains("--state-dir"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_check_says_what_a_send_would_say_and_changes_nothing() -> Result<()> {
+    let (a, b) = (Host::new()?, Host::new()?);
+    let guest = Guest::start(&a, 16)?;
+    let (mut recv, arrived) = b.recv_workload(&a, &["--verify"])?;
+    let to = recv.address.to_string();
+    let socket = guest.socket();
+    let words = ["--workload", &socket, "--to", &to];
+    let fits = ["reached and trusted", "this guest can be moved"];
+    says(a.check(&b, &words)?, 0, &fits)?;
+    let findings = |level: &str, text: &str| -> Result<()> {
+        let findings: Vec<serde_json::Value> = serde_json::from_str(text)?;
+        let of_level = |finding: &serde_json::Value| finding["level"] == level;
+        ensure!(findings.iter().any(of_level), "nothing '{level}' in {text}");
+        Ok(())
+    };
+    let as_json = [&words[..], &["--json"]].concat();
+    let (code, text) = a.check(&b, &as_json)?;
+    ensure!(code == Some(0), "ended with {code:?}: {text}");
+    findings("ok", &text)?;
+    guest.runs_here()?;
+    ensure!(!a.path("state").exists(), "a check made a journal");
+
+    // It goes on waiting for a guest: a send does what the checks have said.
+    let mut send = a.send_workload(&guest, &b, recv.address, &[])?;
+    send.ends_with(0, PATIENCE)?;
+    recv.ends_with(0, PATIENCE)?;
+    arrived.runs_here()
+}
+
+#[test]
+fn a_check_of_a_busy_destination_is_refused() -> Result<()> {
+    let mut it = Move::start(64, SLOW_LINK, &[], &[])?;
+    it.reach("pre-copy")?;
+    let to = it.recv.address.to_string();
+    let socket = it.guest.socket();
+    let words = ["--workload", &socket, "--to", &to];
+    says(
+        it.source.check(&it.destination, &words)?,
+        3,
+        &["REFUSED", "busy"],
+    )?;
+    it.send.process.signal(Signal::SIGINT)?;
+    it.send.ends_with(4, PATIENCE)?;
     it.guest.runs_here()
 }
