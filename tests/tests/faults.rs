@@ -33,13 +33,14 @@ const SHORT: [&str; 2] = ["--patience", "6s"];
 
 /// A guest on its way from one host to another.
 struct Move {
-    source: Host,
-    destination: Host,
     guest: Guest,
     send: Send,
     recv: Recv,
     arrived: Arrived,
     relay: RelayHandle,
+    // Last: the sockets by which guests are ended lie in their directories.
+    source: Host,
+    destination: Host,
 }
 
 impl Move {
