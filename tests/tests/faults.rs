@@ -51,13 +51,13 @@ impl Move {
         let relay = relay(recv.address, link, 1)?;
         let send = source.send_workload(&guest, &destination, relay.local_addr(), send)?;
         Ok(Self {
-            source,
-            destination,
             guest,
             send,
             recv,
             arrived,
             relay,
+            source,
+            destination,
         })
     }
 
