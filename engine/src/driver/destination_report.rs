@@ -67,11 +67,7 @@ pub fn summary(
 
 /// Work per second since the resume, thinned to what a summary takes.
 fn work_rates(sampler: &Sampler, resumed: Instant) -> Vec<(u64, f32)> {
-    let rates: Vec<_> = sampler
-        .rates()
-        .into_iter()
-        .filter(|(at, _)| *at >= resumed)
-        .collect();
+    let rates = sampler.rates_since(resumed);
     let step = rates.len().div_ceil(MOST_SAMPLES).max(1);
     rates
         .chunks(step)

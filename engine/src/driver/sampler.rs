@@ -61,6 +61,16 @@ impl Sampler {
 
     /// Work per second between neighbouring samples, as (time of the later one, rate).
     pub fn rates(&self) -> Vec<(Instant, f64)> {
+        self.rates_between(None)
+    }
+
+    /// The same from the first sample at or after `start`: a guest that is loaded brings the count
+    /// of what it did elsewhere, which is no work of this host's.
+    pub fn rates_since(&self, start: Instant) -> Vec<(Instant, f64)> {
+        self.rates_between(Some(start))
+    }
+
+    fn rates_between(&self, start: Option<Instant>) -> Vec<(Instant, f64)> {
         let samples = self
             .samples
             .lock()
@@ -68,7 +78,7 @@ impl Sampler {
         samples
             .kept
             .windows(2)
-            .filter(|pair| pair[1].0 > pair[0].0)
+            .filter(|pair| pair[1].0 > pair[0].0 && start.is_none_or(|start| pair[0].0 >= start))
             .map(|pair| {
                 let span = pair[1].0 - pair[0].0;
                 let work = pair[1].1.saturating_sub(pair[0].1);
@@ -112,6 +122,19 @@ mod tests {
             .mean_rate(start, start + INTERVAL * 4)
             .expect("samples on both ends");
         assert!((mean - 10_000.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn what_was_done_elsewhere_does_not_count() {
+        let sampler = Sampler::default();
+        let start = Instant::now();
+        sampler.note(start, 0);
+        for step in 1..4_u32 {
+            sampler.note(start + INTERVAL * step, 1_000_000 + u64::from(step) * 100);
+        }
+        let rates = sampler.rates_since(start + INTERVAL);
+        assert_eq!(rates.len(), 2);
+        assert!(rates.iter().all(|(_, rate)| (rate - 10_000.0).abs() < 1e-6));
     }
 
     #[test]
