@@ -37,6 +37,7 @@ pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
     let guest = open(&args.guest, kept.path())?;
     let config = DestinationConfig {
         patience: args.link.patience,
+        linger: args.link.patience.min(DestinationConfig::default().linger),
         ..DestinationConfig::default()
     };
     let run = runtime()?.block_on(async {

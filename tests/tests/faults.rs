@@ -393,3 +393,28 @@ fn a_check_of_a_busy_destination_is_refused() -> Result<()> {
     it.send.ends_with(4, PATIENCE)?;
     it.guest.runs_here()
 }
+
+#[test]
+fn memory_that_runs_out_at_the_destination_is_a_refusal() -> Result<()> {
+    errors_of_file_size()?;
+    let mut it = Move::start(64, SLOW_LINK, &[], &[])?;
+    it.reach("pre-copy")?;
+    limit_files(&it.recv.process, 4096)?;
+    it.send.ends_with(3, PATIENCE)?;
+    it.send
+        .process
+        .wait_for_stdout("File too large", PATIENCE)?;
+    it.arrived.is_nowhere()?;
+    it.guest.runs_here()
+}
+
+#[test]
+fn a_destination_without_a_journal_declines() -> Result<()> {
+    let mut it = Move::start(16, POSTCOPY_LINK, &["--max-rounds", "1"], &[])?;
+    it.reach("pre-copy")?;
+    lose_state(&it.destination)?;
+    it.send.ends_with(3, PATIENCE)?;
+    it.send.process.wait_for_stdout("journal", PATIENCE)?;
+    it.arrived.is_nowhere()?;
+    it.guest.runs_here()
+}

@@ -2,6 +2,7 @@
 //! armed blocks are written in the order of their passes; from then on they are placed, and only
 //! where they are missing: what the guest has written since is never overwritten.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::thread;
 use std::time::Instant;
@@ -9,7 +10,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use crossbeam_channel as channel;
 use hybridmig_pager::MissingMap;
-use hybridmig_transport::codec::{BatchTarget, CodecStats, Limits, decode_batch};
+use hybridmig_transport::codec::{Batch, BatchTarget, CodecStats, Limits, decode_batch};
 use hybridmig_transport::error::CloseCode;
 use hybridmig_transport::link::{Incoming, Link};
 use hybridmig_transport::message::{Message, Offer, RegionInfo};
@@ -50,6 +51,8 @@ pub struct ApplyPlane {
     desk: OnceLock<Arc<FaultDesk>>,
     resumed: OnceLock<Instant>,
     blocked: OnceLock<BlockedTime>,
+    /// Whether the operator has been told that blocks cannot be placed.
+    complained: AtomicBool,
     front: channel::Sender<Bytes>,
     bulk: channel::Sender<Bytes>,
     stop: Mutex<Option<Stop>>,
@@ -98,6 +101,7 @@ impl ApplyPlane {
             desk: OnceLock::new(),
             resumed: OnceLock::new(),
             blocked: OnceLock::new(),
+            complained: AtomicBool::new(false),
             front,
             bulk,
             stop: Mutex::new(None),
@@ -349,11 +353,41 @@ impl ApplyPlane {
                 counter.merge(&stats.codecs);
                 DestinationInput::Applied(applied)
             }
-            Err(error) => DestinationInput::Failed {
-                error: chain(&error),
+            Err(error) => match &*stage {
+                Stage::Place { missing, .. } if self.resumed().is_some() => {
+                    self.ask_again(&error, &batch, missing, applied)
+                }
+                _ => DestinationInput::PlacementFailed {
+                    error: chain(&error),
+                },
             },
         };
         tell(input)
+    }
+
+    /// The running guest still needs what could not be placed (memory is full, say): it is asked
+    /// for again, round trip by round trip, until there is room.
+    fn ask_again(
+        &self,
+        error: &dyn std::error::Error,
+        batch: &Batch,
+        missing: &MissingMap,
+        mut applied: AppliedBatch,
+    ) -> DestinationInput {
+        if !self.complained.swap(true, Ordering::Relaxed) {
+            tracing::error!(
+                "the guest waits for blocks that cannot be placed: {}",
+                chain(error)
+            );
+        }
+        for (region, first, count) in batch.runs() {
+            let blocks = first..first.saturating_add(count);
+            let lacking = blocks.filter(|block| missing.contains(region.0, *block));
+            applied
+                .rejected
+                .extend(lacking.map(|block| (region, block)));
+        }
+        DestinationInput::Applied(applied)
     }
 
     fn keep_state(&self, offset: u64, data: &[u8]) -> GuestResult<()> {

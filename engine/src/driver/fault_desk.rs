@@ -108,8 +108,10 @@ impl FaultSink for FaultDesk {
     }
 
     fn failed(&self, error: GuestError) {
-        let _ = self.inputs.blocking_send(DestinationInput::Failed {
-            error: format!("the pager: {}", error.chain()),
-        });
+        let _ = self
+            .inputs
+            .blocking_send(DestinationInput::PlacementFailed {
+                error: format!("the pager: {}", error.chain()),
+            });
     }
 }

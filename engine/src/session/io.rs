@@ -291,6 +291,11 @@ pub enum DestinationInput {
         /// What failed and why.
         error: String,
     },
+    /// A block could not be put in place, or the pager cannot go on. Answers no command.
+    PlacementFailed {
+        /// What failed and why.
+        error: String,
+    },
     /// The data plane found that the source broke the protocol (a batch that cannot be decoded, a
     /// block beyond its region).
     Violation {

@@ -74,6 +74,23 @@ impl DestinationMachine {
         }
     }
 
+    /// Memory is full, or the pager is broken. What is not accepted yet is declined; after that the
+    /// blocks are kept at the source, and another pager can take over.
+    pub(super) fn placement_failed(&mut self, now: Duration, error: String) {
+        if self.may_decline() {
+            let refusal = refusal(RefusalCode::Load, error);
+            let outcome = DestinationOutcome::Refused(refusal.clone());
+            self.decline(now, refusal, outcome, false);
+            return;
+        }
+        match self.state {
+            State::PostCopy => self.incomplete(error),
+            // The rest of what is being given up.
+            State::Abandoning | State::Declining | State::Declined => {}
+            _ => self.warnings.push(error),
+        }
+    }
+
     pub(super) fn cancel(&mut self, now: Duration, reason: String) {
         if self.state == State::Idle {
             self.finish(DestinationOutcome::Cancelled { reason });

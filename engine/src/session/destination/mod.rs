@@ -289,6 +289,7 @@ impl DestinationMachine {
             DestinationInput::Fault { region, block } => self.fault(region, block),
             DestinationInput::Removed(blocks) => self.removed(now, &blocks),
             DestinationInput::Failed { error } => self.failed(now, error),
+            DestinationInput::PlacementFailed { error } => self.placement_failed(now, error),
             DestinationInput::Violation { what } => self.violation(now, &what),
             DestinationInput::Cancel { reason } => self.cancel(now, reason),
             DestinationInput::Timeout => self.timeout(now),
