@@ -10,14 +10,14 @@ use hybridmig_transport::error::{CloseCode, TransportError};
 use hybridmig_transport::link::{ControlReceiver, ControlSender, Link};
 use hybridmig_transport::message::{Message, Offer, Refusal, RefusalCode, SessionId};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{MissedTickBehavior, interval, sleep_until, timeout};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::destination_data::ApplyPlane;
 use super::destination_report::{Facts, build, summary};
 use super::sampler::{INTERVAL, Sampler};
 use super::source::{AbortOnDrop, cancelled, chain};
 use super::worker::Worker;
-use super::{DriverError, LinkTasks, say_goodbye, say_goodbye_briefly};
+use super::{DriverError, LinkTasks, say_goodbye, say_goodbye_briefly, wait_until};
 use crate::guest::{DestinationGuest, GuestResult};
 use crate::journal::{Context, Journal};
 use crate::report::{Report, Verified};
@@ -448,13 +448,6 @@ impl Driver {
             }
             _ => say_goodbye(tasks, CloseCode::DONE, done).await,
         }
-    }
-}
-
-async fn wait_until(deadline: Option<Instant>) {
-    match deadline {
-        Some(at) => sleep_until(at.into()).await,
-        None => std::future::pending().await,
     }
 }
 

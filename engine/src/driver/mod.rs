@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hybridmig_transport::error::{CloseCode, TransportError};
 use hybridmig_transport::link::{ControlReceiver, ControlSender, Link};
@@ -189,6 +189,14 @@ async fn read_control<I>(
                 return;
             }
         }
+    }
+}
+
+/// Waits for a point in time, or for ever.
+pub(crate) async fn wait_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

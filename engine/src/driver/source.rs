@@ -17,7 +17,7 @@ use super::sampler::{INTERVAL, Sampler};
 use super::source_data::DataPlane;
 use super::source_report::{Marks, build};
 use super::worker::Worker;
-use super::{DriverError, LinkTasks, figures, say_goodbye, say_goodbye_briefly};
+use super::{DriverError, LinkTasks, figures, say_goodbye, say_goodbye_briefly, wait_until};
 use crate::guest::{GuestError, GuestResult, SourceGuest};
 use crate::journal::{Context, Journal};
 use crate::report::Report;
@@ -300,13 +300,6 @@ async fn redial(endpoint: Arc<Endpoint>, target: SocketAddr) -> Link {
             Err(error) => tracing::info!("{target} is not back yet: {}", chain(&error)),
         }
         sleep_until(next).await;
-    }
-}
-
-async fn wait_until(deadline: Option<Instant>) {
-    match deadline {
-        Some(at) => sleep_until(at.into()).await,
-        None => std::future::pending().await,
     }
 }
 
