@@ -11,7 +11,7 @@ use bytes::Bytes;
 use hybridmig_transport::codec::{BatchHeader, BlockEncoder, CodecStats, EncoderConfig};
 use hybridmig_transport::error::CloseCode;
 use hybridmig_transport::link::{Incoming, Link};
-use hybridmig_transport::message::Message;
+use hybridmig_transport::message::{Features, Message};
 use tokio::sync::{Notify, mpsc};
 
 use super::source::{chain, is_fetch};
@@ -54,6 +54,9 @@ pub struct DataPlane {
     encoder: Mutex<BlockEncoder>,
     /// Where encoded batches go: the current link's senders.
     exits: Mutex<Option<Exits>>,
+    /// Forms of records that the encoder uses.
+    features: AtomicU64,
+    level: i32,
     /// Every batch made so far has an id below this.
     made: AtomicU64,
     stopped: AtomicBool,
@@ -96,6 +99,8 @@ impl DataPlane {
             traffic: Mutex::new(Traffic::default()),
             encoder: Mutex::new(BlockEncoder::new(config).map_err(DriverError::Encoder)?),
             exits: Mutex::new(None),
+            features: AtomicU64::new(Features::ALL),
+            level,
             made: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             threads: Mutex::new(Vec::new()),
@@ -124,6 +129,9 @@ impl DataPlane {
 
     /// Gives the machine an input and wakes whoever waits for work.
     pub fn handle(&self, input: SourceInput) {
+        if let SourceInput::Message(Message::Welcome { features, .. }) = &input {
+            self.speak(*features);
+        }
         if let SourceInput::Message(Message::Applied { batches, rejected }) = &input {
             let mut encoder = self.encoder.lock().expect("not poisoned");
             let made = self.made.load(Ordering::Relaxed);
@@ -140,6 +148,21 @@ impl DataPlane {
         let now = self.started.elapsed();
         self.machine().handle(now, input);
         self.changed.notify_all();
+    }
+
+    /// Uses only the forms of records that both sides have. Comes before the first batch; where it
+    /// changes anything later (another build answers after a lost link) what was sent is forgotten.
+    fn speak(&self, features: u64) {
+        let chosen = features & Features::ALL;
+        if self.features.swap(chosen, Ordering::Relaxed) != chosen {
+            let config = EncoderConfig {
+                level: self.level,
+                features: chosen,
+                ..EncoderConfig::default()
+            };
+            let encoder = BlockEncoder::new(config).expect("this level was accepted before");
+            *self.encoder.lock().expect("not poisoned") = encoder;
+        }
     }
 
     /// The machine's next wish.
