@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use hybridmig_tests::migration::{Host, PATIENCE, TEST_LINK, relay};
 use hybridmig_tests::{Vm, VmConfig, console};
+use nix::sys::signal::Signal;
 
 /// A migration of 256 MiB takes a few seconds; a starved machine takes its time.
 const MOVE: Duration = Duration::from_secs(150);
@@ -153,4 +154,30 @@ fn vm_moves_there_and_back() -> Result<()> {
     let third = Vm::start(&config.incoming("third"))?;
     migrate((&b, &second), (&a, &third), &[])?;
     alive_and_right(&second, &third)
+}
+
+/// What was set in QEMU for a migration that did not happen is undone: the next one works.
+#[test]
+fn vm_goes_on_when_its_send_is_ended_and_moves_at_the_second_try() -> Result<()> {
+    let (a, b) = (Host::new()?, Host::new()?);
+    let config = busy_guest();
+    let source = Vm::boot(&config)?;
+    let destination = Vm::start(&config.incoming("first try"))?;
+    let qmp = destination.qmp_socket().display().to_string();
+    let mut recv = b.recv(&a, ["--qmp", &qmp])?;
+    let relay = relay(recv.address, "delay 25ms rate 20mbit limit 50ms", 7)?;
+    let qmp = source.qmp_socket().display().to_string();
+    let mut send = a.send(&b, relay.local_addr(), ["--qmp", &qmp])?;
+    send.process.wait_for_stderr("pre-copy", PATIENCE)?;
+    send.process.signal(Signal::SIGTERM)?;
+    send.ends_with(4, PATIENCE)?;
+    let status = recv.process.wait(PATIENCE)?;
+    ensure!(status.code() == Some(4), "recv ended with {status}");
+    source.console().wait_ticks(20, PATIENCE)?;
+    relay.stop();
+    drop(destination);
+
+    let destination = Vm::start(&config.incoming("second try"))?;
+    migrate((&a, &source), (&b, &destination), &[])?;
+    alive_and_right(&source, &destination)
 }
