@@ -8,9 +8,9 @@ use hybridmig_transport::message::{DestinationSummary, Offer, SessionId};
 use super::destination_data::ApplyPlane;
 use super::link_report;
 use super::sampler::Sampler;
-use super::source_report::codecs;
+use super::source_report::phase;
 use crate::guest::DestinationGuest;
-use crate::report::{Faults, PhaseTraffic, Report, Side, Times, Verified};
+use crate::report::{Faults, Report, Side, Times, Verified};
 use crate::session::io::DestinationOutcome;
 
 /// Speed samples in a summary.
@@ -122,14 +122,8 @@ pub fn build(facts: Facts<'_>) -> Report {
     };
     let traffic = facts.plane.traffic();
     report.traffic = vec![
-        PhaseTraffic {
-            phase: "pre-copy".to_owned(),
-            codecs: codecs(&traffic.before),
-        },
-        PhaseTraffic {
-            phase: "post-copy".to_owned(),
-            codecs: codecs(&traffic.after),
-        },
+        phase("pre-copy", &traffic.before),
+        phase("post-copy", &traffic.after),
     ];
     let min_rtt = facts
         .link

@@ -247,7 +247,7 @@ impl DataPlane {
                 Ok(bytes) => self.hand_on(Encoded { lane, batch, bytes }),
                 Err(error) => {
                     // The receiver is gone only when the session has ended.
-                    let _ = self.inputs.blocking_send(SourceInput::Failed { error });
+                    let _ = self.inputs.blocking_send(SourceInput::Unreadable { error });
                 }
             }
         }

@@ -34,8 +34,6 @@ struct Inner {
     frozen: Option<Instant>,
     scan: Duration,
     save_state: Duration,
-    state_saved: Option<Instant>,
-    thawed: Option<Instant>,
     accepted: Option<(Instant, ResumeTimings)>,
     summary: Option<(Instant, DestinationSummary)>,
     welcome: Option<(u16, String)>,
@@ -49,11 +47,7 @@ impl Marks {
             SourceCommand::StartTracking => marks.tracking = Some(began),
             SourceCommand::Freeze => (marks.freeze, marks.frozen) = (Some(began), Some(ended)),
             SourceCommand::Scan if marks.frozen.is_some() => marks.scan += ended - began,
-            SourceCommand::SaveState => {
-                marks.save_state = ended - began;
-                marks.state_saved = Some(ended);
-            }
-            SourceCommand::Thaw => marks.thawed = Some(ended),
+            SourceCommand::SaveState => marks.save_state = ended - began,
             _ => {}
         }
     }
@@ -246,15 +240,15 @@ fn fill_speed(
     report.agility = agility(&samples);
 }
 
-fn phase(name: &str, stats: &CodecStats) -> PhaseTraffic {
+/// The transport's counters of a phase in the report's form.
+pub(super) fn phase(name: &str, stats: &CodecStats) -> PhaseTraffic {
     PhaseTraffic {
         phase: name.to_owned(),
         codecs: codecs(stats),
     }
 }
 
-/// The transport's counters in the report's form.
-pub(super) fn codecs(stats: &CodecStats) -> Vec<CodecTraffic> {
+fn codecs(stats: &CodecStats) -> Vec<CodecTraffic> {
     let named = [
         ("zero", stats.zero),
         ("named", stats.named),

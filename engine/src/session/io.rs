@@ -110,6 +110,11 @@ pub enum SourceInput {
         /// What failed and why.
         error: String,
     },
+    /// A chunk could not be read or encoded. Answers no command.
+    Unreadable {
+        /// What failed and why.
+        error: String,
+    },
     /// A chunk has been encoded and given to the transport.
     Sent {
         /// Its batch.

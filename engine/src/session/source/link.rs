@@ -116,16 +116,36 @@ impl SourceMachine {
         }
     }
 
-    pub(super) fn cancel(&mut self, reason: String) {
+    /// Ends the session with the guest here, if ownership has not been sent: at once, or as soon as
+    /// the record that is being written allows it. False if it has been sent.
+    pub(super) fn withdraw(&mut self, outcome: SourceOutcome) -> bool {
         if self.before_offer() {
-            self.end_here(SourceOutcome::Cancelled { reason });
+            self.end_here(outcome);
+        } else if self.state == State::Offering {
+            self.withdrawn.get_or_insert(outcome);
+        } else {
+            return false;
+        }
+        true
+    }
+
+    /// A chunk that was handed out cannot go out. After the handover the destination waits for it,
+    /// and keeps what it has.
+    pub(super) fn unreadable(&mut self, error: String) {
+        let reason = error.clone();
+        if !self.withdraw(SourceOutcome::Cancelled { reason }) {
+            self.warnings.push(error);
+        }
+    }
+
+    pub(super) fn cancel(&mut self, reason: String) {
+        let outcome = SourceOutcome::Cancelled {
+            reason: reason.clone(),
+        };
+        if self.withdraw(outcome) {
             return;
         }
         match self.state {
-            State::Offering => {
-                self.withdrawn
-                    .get_or_insert(SourceOutcome::Cancelled { reason });
-            }
             State::Offered | State::Accepting | State::PostCopy if self.link == Link::Down => {
                 self.give_up(format!("cancelled while the link was lost: {reason}"));
             }

@@ -83,15 +83,10 @@ impl SourceMachine {
     /// on the link that carried the offer. On a resumed link it may come from a destination that
     /// knows nothing of the session, and then proves nothing.
     fn refused(&mut self, refusal: Refusal) {
-        if self.before_offer() {
-            self.end_here(SourceOutcome::of_refusal(refusal));
+        if self.withdraw(SourceOutcome::of_refusal(refusal.clone())) {
             return;
         }
         match (self.state, self.link) {
-            (State::Offering, _) => {
-                self.withdrawn
-                    .get_or_insert(SourceOutcome::of_refusal(refusal));
-            }
             (State::Offered, Link::Up) if self.figures.reconnects == 0 => self.declined(refusal),
             (State::Offered | State::Accepting | State::PostCopy, _)
                 if refusal.code == RefusalCode::UnknownSession =>
@@ -109,18 +104,14 @@ impl SourceMachine {
 
     fn peer_cancelled(&mut self, reason: String) {
         let reason = format!("cancelled by the destination: {reason}");
-        if self.before_offer() {
-            self.end_here(SourceOutcome::Cancelled { reason });
+        let outcome = SourceOutcome::Cancelled { reason };
+        if self.withdraw(outcome.clone()) {
             return;
         }
         match self.state {
-            State::Offering => {
-                self.withdrawn
-                    .get_or_insert(SourceOutcome::Cancelled { reason });
-            }
             // Sent before the handover had reached it, and durable before it was sent.
             State::Offered if self.link == Link::Up && self.figures.reconnects == 0 => {
-                self.decline(SourceOutcome::Cancelled { reason });
+                self.decline(outcome);
             }
             State::Offered | State::Accepting | State::PostCopy => {
                 self.violation("a cancel after the handover");
@@ -130,14 +121,13 @@ impl SourceMachine {
     }
 
     fn declined(&mut self, refusal: Refusal) {
+        let outcome = SourceOutcome::of_refusal(refusal);
+        // Not expected before the handover, but it says nothing that is unsafe then.
+        if self.withdraw(outcome.clone()) {
+            return;
+        }
         match self.state {
-            State::Offered => self.decline(SourceOutcome::of_refusal(refusal)),
-            // Not expected, but it says nothing that is unsafe here.
-            _ if self.before_offer() => self.end_here(SourceOutcome::of_refusal(refusal)),
-            State::Offering => {
-                self.withdrawn
-                    .get_or_insert(SourceOutcome::of_refusal(refusal));
-            }
+            State::Offered => self.decline(outcome),
             State::Accepting | State::PostCopy => {
                 self.violation("it declines a guest that it has accepted");
             }

@@ -309,6 +309,7 @@ impl SourceMachine {
                 }
             }
             SourceInput::Failed { error } => self.failed(now, error),
+            SourceInput::Unreadable { error } => self.unreadable(error),
             SourceInput::Sent { batch, bytes } => self.sent(batch, bytes),
             SourceInput::Link(figures) => self.estimator.link(figures),
             SourceInput::Cancel { reason } => self.cancel(reason),
