@@ -12,13 +12,13 @@ const PAYLOAD: usize = 1452;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let rate = std::env::args().nth(1).unwrap_or("300mbit".to_owned());
     let link: LinkSpec = format!("delay 25ms rate {rate} limit 50ms").parse()?;
-    let bits = link.rate.ok_or("a link with a rate is needed")? as f64;
+    let bits = link.forward.rate.ok_or("a link with a rate is needed")? as f64;
     let target = UdpSocket::bind("127.0.0.1:0")?;
     target.set_read_timeout(Some(Duration::from_millis(100)))?;
     let relay = Relay::start(RelayConfig {
         listen: "127.0.0.1:0".parse()?,
         target: target.local_addr()?,
-        link,
+        link: link.clone(),
         seed: 1,
     })?;
     let client = UdpSocket::bind("127.0.0.1:0")?;
@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     sink.join().map_err(|_| "the sink panicked")?;
     let stats = relay.stop().forward;
     // The queue drains for as long as it is deep after the last packet has come.
-    let seconds = (LENGTH + link.queue).as_secs_f64();
+    let seconds = (LENGTH + link.forward.queue().unwrap_or_default()).as_secs_f64();
     println!(
         "{link}: {:.1} Mbit/s carried; late by {:?} on average, {:?} at worst\n{stats:?}",
         stats.delivered_bytes as f64 * 8.0 / seconds / 1e6,

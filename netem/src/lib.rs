@@ -1,5 +1,5 @@
-//! The emulated WAN: what a link does to packets ([`model`]), how it is described ([`spec`]), and
-//! runners that put real traffic through it ([`relay`]).
+//! The emulated WAN: what a link does to packets ([`model`]), how it is described ([`spec`], with a
+//! [`ladder`] of named links), and runners that put real traffic through it ([`relay`]).
 //!
 //! This crate knows nothing of migrations, and nothing else of the workspace.
 //!
@@ -24,10 +24,14 @@
 //! # }
 //! ```
 
+pub mod ladder;
 pub mod model;
 pub mod relay;
+pub mod runner;
 pub mod spec;
 mod sys;
+pub mod tc;
 
-pub use relay::{Relay, RelayConfig, RelayHandle, RelayStats};
-pub use spec::{LinkSpec, SpecError};
+pub use relay::{Relay, RelayConfig, RelayHandle};
+pub use runner::{DirectionStats, LinkStats};
+pub use spec::{DirectionSpec, LinkSpec, SpecError};

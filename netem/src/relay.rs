@@ -11,14 +11,14 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use socket2::SockAddr;
 
 use crate::model::Link;
+use crate::runner::{Counters, LinkStats, Steering, lock, seed_of};
 use crate::spec::LinkSpec;
 use crate::sys::{self, Wake};
 
@@ -29,13 +29,13 @@ pub const MAX_CLIENTS: usize = 64;
 const SOCKET_BUFFER: usize = 8 << 20;
 
 /// What a relay does.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RelayConfig {
     /// Where clients send to; port 0 picks a free one, see [`RelayHandle::local_addr`].
     pub listen: SocketAddr,
     /// Where their datagrams go.
     pub target: SocketAddr,
-    /// The link, the same in both directions.
+    /// The link; its timed changes count from the start of the relay.
     pub link: LinkSpec,
     /// Seed of the random losses; the two directions draw from different sequences of it.
     pub seed: u64,
@@ -84,10 +84,7 @@ impl Relay {
             target: config.target,
             listener,
             clients: Mutex::default(),
-            controls: Mutex::new(Controls {
-                spec: config.link,
-                down: false,
-            }),
+            steering: Steering::new(config.link.clone()),
             changes: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             forward: DirectionState::new(Wake::new().map_err(set_up("an eventfd"))?),
@@ -99,16 +96,18 @@ impl Relay {
             threads: Vec::new(),
         };
         // An error on the way drops the handle, which ends a thread that has started.
-        for (name, seed, run) in [
-            (
-                "relay-forward",
-                0,
-                direction::forward as fn(&Shared, Link<_>),
-            ),
-            ("relay-back", 1, direction::back),
+        let forward = direction::forward as fn(&Shared, Link<_>);
+        for (name, back, run) in [
+            ("relay-forward", false, forward),
+            ("relay-back", true, direction::back),
         ] {
             let shared = Arc::clone(&handle.shared);
-            let link = Link::new(config.link, config.seed.wrapping_mul(2).wrapping_add(seed));
+            let LinkSpec {
+                forward: there,
+                back: here,
+                ..
+            } = &config.link;
+            let link = Link::new(if back { here } else { there }, seed_of(config.seed, back));
             let thread = std::thread::Builder::new()
                 .name(name.to_owned())
                 .spawn(move || run(&shared, link))
@@ -134,32 +133,35 @@ impl RelayHandle {
     }
 
     /// What has happened so far.
-    pub fn stats(&self) -> RelayStats {
-        RelayStats {
+    pub fn stats(&self) -> LinkStats {
+        LinkStats {
             forward: self.shared.forward.counters.snapshot(),
             back: self.shared.back.counters.snapshot(),
         }
     }
 
-    /// Cuts both directions, which loses everything under way, or joins them again.
+    /// Cuts both directions, which loses everything under way, or leaves them to the timeline again.
     pub fn set_down(&self, down: bool) {
-        self.change(|controls| controls.down = down);
+        self.shared.steering.set_down(down);
+        self.shared.announce();
     }
 
-    /// Changes the link of both directions for packets that come from now on.
+    /// Changes the link for packets that come from now on, and starts its timeline.
     pub fn set_link(&self, link: LinkSpec) {
-        self.change(|controls| controls.spec = link);
+        self.shared.steering.set_link(link, self.shared.now());
+        self.shared.announce();
+    }
+
+    /// Starts the timeline of the link's changes again.
+    pub fn restart_timeline(&self) {
+        self.shared.steering.restart_timeline(self.shared.now());
+        self.shared.announce();
     }
 
     /// Ends the relay and says what happened in its life.
-    pub fn stop(mut self) -> RelayStats {
+    pub fn stop(mut self) -> LinkStats {
         self.end();
         self.stats()
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Controls)) {
-        change(&mut lock(&self.shared.controls));
-        self.shared.announce();
     }
 
     fn end(&mut self) {
@@ -179,51 +181,6 @@ impl Drop for RelayHandle {
     }
 }
 
-/// What has happened on a relay.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RelayStats {
-    /// From the clients to the target.
-    pub forward: DirectionStats,
-    /// From the target to the clients.
-    pub back: DirectionStats,
-}
-
-/// What has happened in one direction. Bytes are IP-level: payload plus
-/// [`UDP_OVERHEAD`](crate::model::UDP_OVERHEAD).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DirectionStats {
-    /// Packets that came to the link.
-    pub packets: u64,
-    /// Bytes that came to the link.
-    pub bytes: u64,
-    /// Packets passed on.
-    pub delivered_packets: u64,
-    /// Bytes passed on.
-    pub delivered_bytes: u64,
-    /// Packets lost at random.
-    pub dropped_loss: u64,
-    /// Packets that found the queue full.
-    pub dropped_queue: u64,
-    /// Packets lost to a cut, under way or on arrival.
-    pub dropped_down: u64,
-    /// Packets that the emulator itself failed to carry: its own bounds, or a refused send. A
-    /// measurement with many of them is not one of the link.
-    pub dropped_relay: u64,
-    /// Sum over delivered packets of how much later than due they were sent.
-    pub lateness_total: Duration,
-    /// The largest of these.
-    pub lateness_max: Duration,
-}
-
-impl DirectionStats {
-    /// How much later than due a packet was sent on average. A measurement of a link with a large
-    /// figure here is one of the machine instead.
-    pub fn lateness_mean(&self) -> Duration {
-        let packets = self.delivered_packets.max(1);
-        Duration::from_nanos((self.lateness_total.as_nanos() / u128::from(packets)) as u64)
-    }
-}
-
 /// What the two threads and the handle share.
 #[derive(Debug)]
 struct Shared {
@@ -232,8 +189,8 @@ struct Shared {
     target: SocketAddr,
     listener: UdpSocket,
     clients: Mutex<HashMap<SocketAddr, Arc<Client>>>,
-    controls: Mutex<Controls>,
-    /// Counts changes of `clients` and `controls`, so that the threads look only when there is one.
+    steering: Steering,
+    /// Counts changes of `clients`, so that the threads look only when there is one.
     changes: AtomicU64,
     stopping: AtomicBool,
     forward: DirectionState,
@@ -299,13 +256,6 @@ struct Client {
     last_seen: AtomicU64,
 }
 
-/// What the handle asks for.
-#[derive(Clone, Copy, Debug)]
-struct Controls {
-    spec: LinkSpec,
-    down: bool,
-}
-
 #[derive(Debug)]
 struct DirectionState {
     wake: Wake,
@@ -319,42 +269,4 @@ impl DirectionState {
             counters: Counters::default(),
         }
     }
-}
-
-/// [`DirectionStats`] as its one thread counts and everybody reads.
-#[derive(Debug, Default)]
-struct Counters {
-    packets: AtomicU64,
-    bytes: AtomicU64,
-    delivered_packets: AtomicU64,
-    delivered_bytes: AtomicU64,
-    dropped_loss: AtomicU64,
-    dropped_queue: AtomicU64,
-    dropped_down: AtomicU64,
-    dropped_relay: AtomicU64,
-    lateness_total: AtomicU64,
-    lateness_max: AtomicU64,
-}
-
-impl Counters {
-    fn snapshot(&self) -> DirectionStats {
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        DirectionStats {
-            packets: load(&self.packets),
-            bytes: load(&self.bytes),
-            delivered_packets: load(&self.delivered_packets),
-            delivered_bytes: load(&self.delivered_bytes),
-            dropped_loss: load(&self.dropped_loss),
-            dropped_queue: load(&self.dropped_queue),
-            dropped_down: load(&self.dropped_down),
-            dropped_relay: load(&self.dropped_relay),
-            lateness_total: Duration::from_nanos(load(&self.lateness_total)),
-            lateness_max: Duration::from_nanos(load(&self.lateness_max)),
-        }
-    }
-}
-
-/// Locks what is never left half-changed: a panic of another holder takes nothing from it.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -7,7 +7,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use hybridmig_netem::relay::MAX_CLIENTS;
-use hybridmig_netem::{LinkSpec, Relay, RelayConfig, RelayHandle, RelayStats};
+use hybridmig_netem::{LinkSpec, LinkStats, Relay, RelayConfig, RelayHandle};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -100,7 +100,7 @@ fn loses_the_share_asked_for() {
             until("everything sent has come to the link", || {
                 relay.stats().forward.packets == sent
             });
-            let passed = |stats: RelayStats| stats.forward.packets - stats.forward.dropped_loss;
+            let passed = |stats: LinkStats| stats.forward.packets - stats.forward.dropped_loss;
             while arrived < passed(relay.stats()) {
                 receive(&target, || false).unwrap();
                 arrived += 1;

@@ -59,7 +59,7 @@ impl Demo {
         let relay = Relay::start(RelayConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             target: address,
-            link: args.link,
+            link: args.link.clone(),
             seed: args.seed,
         })?;
         let sent = self.send(&there, relay.local_addr());

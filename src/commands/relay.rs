@@ -20,7 +20,7 @@ pub fn run(args: RelayArgs) -> anyhow::Result<ExitCode> {
     let relay = Relay::start(RelayConfig {
         listen,
         target,
-        link,
+        link: link.clone(),
         seed,
     })?;
     eprintln!(

@@ -4,11 +4,12 @@
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::{Client, Controls, Counters, DirectionState, Shared, lock};
-use crate::model::{Dropped, Link, UDP_OVERHEAD};
+use super::{Client, DirectionState, Shared};
+use crate::model::{Arrival, Link, UDP_OVERHEAD};
+use crate::runner::{Counters, Schedule, lock};
 use crate::sys::{self, BATCH, Batch};
 
 /// Receives in a row before packets that are due get their turn.
@@ -21,7 +22,7 @@ const SPARE_BUFFERS: usize = 4096;
 const SPARE_LENGTH: usize = 2048;
 
 /// A datagram on its way.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Packet {
     client: Arc<Client>,
     payload: Vec<u8>,
@@ -29,7 +30,7 @@ pub(super) struct Packet {
 
 /// Clients → target.
 pub(super) fn forward(shared: &Shared, link: Link<Packet>) {
-    let mut runner = Runner::new(shared, &shared.forward, link);
+    let mut runner = Runner::new(shared, &shared.forward, link, false);
     runner.run(
         |runner, batch, _| {
             runner.take_in(batch, &shared.listener, |sender| {
@@ -57,7 +58,7 @@ pub(super) fn forward(shared: &Shared, link: Link<Packet>) {
 
 /// Target → clients.
 pub(super) fn back(shared: &Shared, link: Link<Packet>) {
-    let mut runner = Runner::new(shared, &shared.back, link);
+    let mut runner = Runner::new(shared, &shared.back, link, true);
     runner.run(
         |runner, batch, ready| {
             let clients = std::mem::take(&mut runner.clients);
@@ -90,12 +91,13 @@ struct Runner<'a> {
     due_times: Vec<Duration>,
     spare: Vec<Vec<u8>>,
     clients: Vec<Arc<Client>>,
-    /// The change that was seen last.
+    /// The change of the clients that was seen last.
     seen: Option<u64>,
+    schedule: Schedule,
 }
 
 impl<'a> Runner<'a> {
-    fn new(shared: &'a Shared, state: &'a DirectionState, link: Link<Packet>) -> Self {
+    fn new(shared: &'a Shared, state: &'a DirectionState, link: Link<Packet>, back: bool) -> Self {
         Self {
             shared,
             state,
@@ -105,6 +107,7 @@ impl<'a> Runner<'a> {
             spare: Vec::new(),
             clients: Vec::new(),
             seen: None,
+            schedule: Schedule::new(back),
         }
     }
 
@@ -128,7 +131,10 @@ impl<'a> Runner<'a> {
                 polls.push(sys::readable(&self.state.wake));
             }
             let now = self.shared.now();
-            let timeout = self.link.next_due().map(|due| due.saturating_sub(now));
+            self.follow_schedule(now);
+            let next = self.link.next_due().into_iter();
+            let next = next.chain(self.schedule.next_change()).min();
+            let timeout = next.map(|next| next.saturating_sub(now));
             if let Err(error) = sys::wait(&mut polls, timeout) {
                 tracing::error!(%error, "the emulated link cannot wait for packets and ends");
                 return;
@@ -146,19 +152,25 @@ impl<'a> Runner<'a> {
         }
     }
 
-    /// Follows the handle's wishes and the list of clients; true if there was anything new.
+    /// Does what the timeline and the handle ask for.
+    fn follow_schedule(&mut self, now: Duration) {
+        let Some((spec, down)) = self.schedule.follow(&self.shared.steering, now) else {
+            return;
+        };
+        self.link.set_spec(now, &spec);
+        if down != self.link.is_down() {
+            let lost = self.link.set_down(down);
+            Counters::add(&self.state.counters.dropped_down, lost as u64);
+        }
+    }
+
+    /// Follows the list of clients; true if there was anything new.
     fn look_at_changes(&mut self) -> bool {
         let changes = self.shared.changes.load(Ordering::Acquire);
         if self.seen == Some(changes) {
             return false;
         }
         self.seen = Some(changes);
-        let Controls { spec, down } = *lock(&self.shared.controls);
-        self.link.set_spec(spec);
-        if down != self.link.is_down() {
-            let lost = self.link.set_down(down);
-            add(&self.state.counters.dropped_down, lost as u64);
-        }
         self.clients = lock(&self.shared.clients)
             .values()
             .map(Arc::clone)
@@ -181,7 +193,7 @@ impl<'a> Runner<'a> {
             for (payload, sender) in batch.datagrams() {
                 match client_of(sender) {
                     Some(client) => self.push(now, client, payload),
-                    None => add(&self.state.counters.dropped_relay, 1),
+                    None => Counters::add(&self.state.counters.dropped_relay, 1),
                 }
             }
             if received < BATCH {
@@ -193,8 +205,8 @@ impl<'a> Runner<'a> {
     fn push(&mut self, now: Duration, client: Arc<Client>, payload: &[u8]) {
         let counters = &self.state.counters;
         let bytes = payload.len() + UDP_OVERHEAD;
-        add(&counters.packets, 1);
-        add(&counters.bytes, bytes as u64);
+        Counters::add(&counters.packets, 1);
+        Counters::add(&counters.bytes, bytes as u64);
         let mut buffer = self.spare.pop().unwrap_or_default();
         buffer.clear();
         buffer.extend_from_slice(payload);
@@ -202,19 +214,32 @@ impl<'a> Runner<'a> {
             client,
             payload: buffer,
         };
+        let held = self.link.in_flight();
         match self.link.push(now, bytes, packet) {
-            Ok(_) => {}
-            Err(Dropped::Down) => add(&counters.dropped_down, 1),
-            Err(Dropped::Loss) => add(&counters.dropped_loss, 1),
-            Err(Dropped::Queue) => add(&counters.dropped_queue, 1),
-            Err(Dropped::Overflow) => add(&counters.dropped_relay, 1),
+            Ok(_) => Counters::add(
+                &counters.duplicated,
+                (self.link.in_flight() - held) as u64 - 1,
+            ),
+            Err(why) => counters.dropped(why),
         }
     }
 
     /// Sends what is due.
     fn deliver(&mut self, send: &impl Fn(&[Packet]) -> io::Result<usize>) {
         let now = self.shared.now();
-        while let Some((due, packet)) = self.link.pop_due(now) {
+        while let Some(arrival) = self.link.pop_due(now) {
+            let Arrival {
+                due,
+                mut packet,
+                corrupt,
+            } = arrival;
+            if let Some(random) = corrupt
+                && !packet.payload.is_empty()
+            {
+                let bit = (random % (packet.payload.len() as u64 * 8)) as usize;
+                packet.payload[bit / 8] ^= 1 << (bit % 8);
+                Counters::add(&self.state.counters.corrupted, 1);
+            }
             self.due.push(packet);
             self.due_times.push(due);
         }
@@ -224,14 +249,14 @@ impl<'a> Runner<'a> {
             // An error may be the ICMP answer to an earlier packet, which this one need not suffer for.
             let Ok(count) = send(&self.due[sent..]).or_else(|_| send(&self.due[sent..])) else {
                 // Full buffers: the first packet of the batch is lost.
-                add(&counters.dropped_relay, 1);
+                Counters::add(&counters.dropped_relay, 1);
                 sent += 1;
                 continue;
             };
             let now = self.shared.now();
             for i in sent..sent + count {
                 let bytes = self.due[i].payload.len() + UDP_OVERHEAD;
-                record_delivery(counters, bytes, now.saturating_sub(self.due_times[i]));
+                counters.delivered(1, bytes as u64, now.saturating_sub(self.due_times[i]));
             }
             sent += count;
         }
@@ -242,16 +267,4 @@ impl<'a> Runner<'a> {
         }
         self.due_times.clear();
     }
-}
-
-fn record_delivery(counters: &Counters, bytes: usize, late: Duration) {
-    let late = late.as_nanos() as u64;
-    add(&counters.delivered_packets, 1);
-    add(&counters.delivered_bytes, bytes as u64);
-    add(&counters.lateness_total, late);
-    counters.lateness_max.fetch_max(late, Ordering::Relaxed);
-}
-
-fn add(counter: &AtomicU64, count: u64) {
-    counter.fetch_add(count, Ordering::Relaxed);
 }
