@@ -130,7 +130,10 @@ mod tests {
         let steering = Steering::new(link.parse().unwrap());
         let mut forward = Schedule::new(false);
         let mut back = Schedule::new(true);
-        assert_eq!(rate(&mut forward, &steering, 0 * S), Some((100, false)));
+        assert_eq!(
+            rate(&mut forward, &steering, Duration::ZERO),
+            Some((100, false))
+        );
         assert_eq!(rate(&mut forward, &steering, 9 * S), None);
         assert_eq!(forward.next_change(), Some(10 * S));
         assert_eq!(rate(&mut forward, &steering, 10 * S), Some((50, false)));
@@ -144,7 +147,7 @@ mod tests {
     fn the_handle_comes_before_the_timeline() {
         let steering = Steering::new("rate 100mbit; at 10s rate 50mbit".parse().unwrap());
         let mut schedule = Schedule::new(false);
-        schedule.follow(&steering, 0 * S);
+        schedule.follow(&steering, Duration::ZERO);
         steering.set_down(true);
         assert_eq!(rate(&mut schedule, &steering, 1 * S), Some((100, true)));
         assert_eq!(rate(&mut schedule, &steering, 10 * S), Some((50, true)));

@@ -1,5 +1,8 @@
 //! The grammar: what is read, what is refused, and that what is printed is read back.
 
+// Probabilities are whole parts of one: they are read and printed exactly.
+#![expect(clippy::float_cmp)]
+
 use proptest::prelude::*;
 
 use super::*;
