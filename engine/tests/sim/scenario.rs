@@ -2,9 +2,14 @@
 
 use std::time::Duration;
 
+use hybridmig_netem::DirectionSpec;
+use hybridmig_netem::model::Path;
+use hybridmig_netem::spec::{Chance, Loss};
 use hybridmig_transport::message::Mode;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+
+use super::net::Direction;
 
 /// One end of the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +45,8 @@ pub struct Scenario {
     pub bandwidth: u64,
     pub delay: Duration,
     pub jitter: Duration,
+    /// Batches and messages that are lost on the way and sent again.
+    pub loss: Loss,
     pub vcpus: usize,
     /// Mean time between two accesses of all vCPUs together.
     pub access: Duration,
@@ -74,7 +81,7 @@ impl Scenario {
             .map(|_| rng.random_range(32..=256))
             .collect();
         let delay = Duration::from_micros(rng.random_range(200..40_000));
-        let scenario = Self {
+        let mut scenario = Self {
             seed,
             mode,
             mem_frac: rng
@@ -88,6 +95,7 @@ impl Scenario {
             bandwidth: (150_000.0 * 130f64.powf(rng.random_range(0.0..1.0))) as u64,
             delay,
             jitter: delay.mul_f64(rng.random_range(0.0..0.3)),
+            loss: Loss::None,
             vcpus: rng.random_range(1..=4),
             access: Duration::from_micros(rng.random_range(300..5_000)),
             writes: rng.random_range(0.0..0.9),
@@ -102,7 +110,35 @@ impl Scenario {
             crash_at: None,
             fresh_listener: false,
         };
+        scenario.loss = match rng.random_range(0..3) {
+            0 => Loss::None,
+            1 => Loss::Random(Chance {
+                probability: 0.03,
+                correlation: 0.0,
+            }),
+            _ => Loss::Gemodel {
+                p: 0.01,
+                r: 0.25,
+                bad: 0.9,
+                good: 0.001,
+            },
+        };
         (scenario, rng)
+    }
+
+    /// One direction of the link.
+    pub fn direction(&self, way: u64) -> Direction {
+        let half = self.jitter / 2;
+        let spec = DirectionSpec {
+            delay: self.delay + half,
+            jitter: half,
+            loss: self.loss,
+            ..DirectionSpec::default()
+        };
+        let path = Path::new(&spec, self.seed.wrapping_mul(2).wrapping_add(way));
+        // Found lost by what was sent later, an eighth of a round trip after the round trip.
+        let recovery = (self.delay + half) * 9 / 4;
+        Direction::new(path, self.bandwidth * 8, recovery)
     }
 
     /// Nothing goes wrong but that records cannot be decoded.

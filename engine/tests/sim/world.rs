@@ -20,7 +20,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use super::guest::{Block, Guest};
-use super::net::{self, Batch, Direction, Item};
+use super::net::{Batch, Direction, Item};
 use super::scenario::{End, Scenario};
 use super::verdict;
 
@@ -132,6 +132,7 @@ pub struct World {
 impl World {
     pub fn new(scenario: Scenario) -> Self {
         let mut rng = SmallRng::seed_from_u64(scenario.seed ^ 0x5eed);
+        let directions = [0, 1].map(|way| scenario.direction(way));
         let guest = Guest::new(&scenario.regions, scenario.vcpus, &mut rng);
         let regions: Vec<RegionInfo> = scenario
             .regions
@@ -173,7 +174,7 @@ impl World {
             guest,
             source: Process::new(SourceMachine::new(config, description, regions)),
             destination: Process::new(DestinationMachine::new(listen)),
-            directions: Default::default(),
+            directions,
             epoch: 0,
             up: false,
             outage_until: Duration::ZERO,
@@ -491,20 +492,10 @@ impl World {
             }
         }
         direction.busy = true;
-        let took =
-            Duration::from_secs_f64(net::size(&item) as f64 / self.scenario.bandwidth as f64);
-        let jitter = self
-            .scenario
-            .jitter
-            .mul_f64(self.rng.random_range(0.0..1.0));
-        let mut arrival = self.now + took + self.scenario.delay + jitter;
-        if lane == Lane::Control {
-            arrival = arrival.max(direction.last_control + Duration::from_nanos(1));
-            direction.last_control = arrival;
-        }
+        let (sent, arrival) = direction.carry(self.now, lane, &item);
         let cut = matches!(item, Item::Message(_))
             && self.scenario.cut_at_message == Some((self.messages, false));
-        self.at(self.now + took, Event::Transmitted(end, self.epoch));
+        self.at(sent, Event::Transmitted(end, self.epoch));
         self.at(arrival, Event::Arrive(other(end), self.epoch, item));
         if cut {
             self.at(arrival, Event::Cut(Duration::from_millis(50)));
