@@ -26,12 +26,14 @@
 
 pub mod ladder;
 pub mod model;
+pub mod namespace;
 pub mod relay;
 pub mod runner;
 pub mod spec;
 mod sys;
 pub mod tc;
 
+pub use namespace::Namespace;
 pub use relay::{Relay, RelayConfig, RelayHandle};
 pub use runner::{DirectionStats, LinkStats};
 pub use spec::{DirectionSpec, LinkSpec, SpecError};
