@@ -1,5 +1,6 @@
 //! The emulated WAN: what a link does to packets ([`model`]), how it is described ([`spec`], with a
-//! [`ladder`] of named links), and runners that put real traffic through it ([`relay`]).
+//! [`ladder`] of named links), and runners that put real traffic through it: a [`relay`] of datagrams,
+//! and a link between two network [namespaces](namespace) for any protocol ([`tun`]).
 //!
 //! This crate knows nothing of migrations, and nothing else of the workspace.
 //!
@@ -32,8 +33,10 @@ pub mod runner;
 pub mod spec;
 mod sys;
 pub mod tc;
+pub mod tun;
 
 pub use namespace::Namespace;
 pub use relay::{Relay, RelayConfig, RelayHandle};
 pub use runner::{DirectionStats, LinkStats};
 pub use spec::{DirectionSpec, LinkSpec, SpecError};
+pub use tun::{TunConfig, TunError, TunHandle, TunLink};

@@ -1,0 +1,325 @@
+//! The link between two namespaces, with the sockets of this kernel at both ends. Takes root (or
+//! `unshare --user --map-root-user --net --mount`); bounds on time are one-sided, so that a busy machine
+//! fails no test.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use hybridmig_netem::{LinkSpec, Namespace, TunConfig, TunHandle, TunLink};
+use nix::sys::socket::{setsockopt, sockopt};
+
+const MS: Duration = Duration::from_millis(1);
+
+/// No single step of a test takes longer on any machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn start(link: &str) -> TunHandle {
+    start_with(link, |_| {})
+}
+
+fn start_with(link: &str, change: impl FnOnce(&mut TunConfig)) -> TunHandle {
+    let link: LinkSpec = link.parse().expect("the link of a test is a link");
+    let mut config = TunConfig::new(link, 7);
+    change(&mut config);
+    match TunLink::start(config) {
+        Ok(handle) => handle,
+        Err(error) => panic!("these tests take root: {}", chain(&error)),
+    }
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}
+
+fn udp(namespace: &Namespace, address: impl Into<std::net::IpAddr>) -> UdpSocket {
+    let address = SocketAddr::new(address.into(), 0);
+    let socket = namespace.run(|| UdpSocket::bind(address)).unwrap().unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    // All that a test sends at once: the kernel counts 2 KiB and more for the smallest datagram. Root of a
+    // user namespace has to stay within the machine's limit.
+    setsockopt(&socket, sockopt::RcvBufForce, &(16 << 20))
+        .or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &(16 << 20)))
+        .unwrap();
+    socket
+}
+
+/// A near and a far socket, connected to each other.
+fn udp_pair(link: &TunHandle) -> (UdpSocket, UdpSocket) {
+    let near = udp(link.near(), link.near_address());
+    let far = udp(link.far(), link.far_address());
+    near.connect(far.local_addr().unwrap()).unwrap();
+    far.connect(near.local_addr().unwrap()).unwrap();
+    (near, far)
+}
+
+/// Bytes that anybody can make again, and that differ everywhere.
+fn stream(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// Sends `bytes` from near to far by TCP while `bytes` come back; both ends compare. The time it took.
+fn exchange(link: &TunHandle, bytes: &[u8]) -> Duration {
+    let address = SocketAddr::new(link.far_address().into(), 0);
+    let listener = link
+        .far()
+        .run(|| TcpListener::bind(address))
+        .unwrap()
+        .unwrap();
+    let address = listener.local_addr().unwrap();
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        let far = scope.spawn(|| {
+            let (stream, _) = listener.accept().unwrap();
+            both_ways(&stream, bytes);
+        });
+        let connect = || TcpStream::connect_timeout(&address, PATIENCE);
+        let near = link.near().run(connect).unwrap().unwrap();
+        both_ways(&near, bytes);
+        far.join().unwrap();
+    });
+    begin.elapsed()
+}
+
+fn both_ways(stream: &TcpStream, bytes: &[u8]) {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    let mut writer = stream.try_clone().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            writer.write_all(bytes).unwrap();
+            writer.shutdown(std::net::Shutdown::Write).unwrap();
+        });
+        let mut received = Vec::with_capacity(bytes.len());
+        let mut reader = stream;
+        reader.read_to_end(&mut received).unwrap();
+        assert_eq!(received.len(), bytes.len());
+        let wrong = received.iter().zip(bytes).position(|(a, b)| a != b);
+        assert_eq!(wrong, None, "first wrong byte");
+    });
+}
+
+/// A counter of `/proc/net/snmp` or `netstat` in a namespace.
+fn kernel_counter(namespace: &Namespace, protocol: &str, name: &str) -> u64 {
+    let read = || std::fs::read_to_string("/proc/thread-self/net/snmp");
+    let text = namespace.run(read).unwrap().unwrap();
+    let mut lines = text.lines().filter_map(|line| line.strip_prefix(protocol));
+    let names = lines.next().unwrap().split_whitespace();
+    let values = lines.next().unwrap().split_whitespace();
+    let value = names.zip(values).find(|(n, _)| *n == name).unwrap().1;
+    value.parse().unwrap()
+}
+
+#[test]
+fn datagrams_arrive_intact_and_in_order_after_the_delay() {
+    let link = start("delay 10ms");
+    let (near, far) = udp_pair(&link);
+    let bytes = stream(1400);
+    let begin = Instant::now();
+    for i in 0..200u8 {
+        near.send(&[&[i], &bytes[..usize::from(i) * 7]].concat())
+            .unwrap();
+    }
+    let mut buffer = [0; 2048];
+    for i in 0..200u8 {
+        let length = far.recv(&mut buffer).unwrap();
+        assert!(begin.elapsed() >= 10 * MS);
+        assert_eq!(buffer[0], i);
+        assert_eq!(buffer[1..length], bytes[..usize::from(i) * 7]);
+    }
+    for _ in 0..5 {
+        let begin = Instant::now();
+        near.send(b"question").unwrap();
+        far.recv(&mut buffer).unwrap();
+        far.send(b"answer").unwrap();
+        near.recv(&mut buffer).unwrap();
+        assert!(begin.elapsed() >= 20 * MS, "{:?}", begin.elapsed());
+    }
+    let stats = link.stop();
+    assert_eq!(stats.forward.packets, 205);
+    assert_eq!(stats.forward.delivered_packets, 205);
+    let payload: u64 = (0..200).map(|i| 1 + i * 7).sum::<u64>() + 5 * 8;
+    assert_eq!(stats.forward.bytes, payload + 205 * 28);
+    assert_eq!(stats.back.delivered_packets, 5);
+    assert_eq!(stats.forward.dropped_relay + stats.back.dropped_relay, 0);
+}
+
+#[test]
+fn an_idle_link_carries_nothing() {
+    let link = start("delay 1ms");
+    // What the kernel would say of its own accord, it says within the first second.
+    let (near, _far) = udp_pair(&link);
+    near.set_read_timeout(Some(1500 * MS)).unwrap();
+    near.recv(&mut [0; 16]).unwrap_err();
+    let stats = link.stop();
+    assert_eq!((stats.forward.packets, stats.back.packets), (0, 0));
+}
+
+#[test]
+fn tcp_arrives_intact_at_no_more_than_the_rate() {
+    let link = start("delay 5ms rate 200mbit limit 50ms");
+    let bytes = stream(4 << 20);
+    let took = exchange(&link, &bytes);
+    // 4 MiB of payload and 52 bytes of headers for each 1448.
+    let ideal = Duration::from_secs_f64(f64::from(4 << 20) * 8.0 * 1500.0 / 1448.0 / 200e6);
+    assert!(took >= ideal, "{took:?} for what takes {ideal:?}");
+    let stats = link.stop();
+    for direction in [stats.forward, stats.back] {
+        assert!(direction.bytes >= 4 << 20);
+        // Packets of the link are counted, not the pieces that the kernel hands over.
+        assert!(direction.packets >= (4 << 20) / 1448, "{direction:?}");
+        assert_eq!(direction.dropped_relay, 0);
+    }
+}
+
+#[test]
+fn tcp_without_offload_is_the_same() {
+    let link = start_with("delay 1ms loss 0.1%", |config| config.offload = false);
+    exchange(&link, &stream(1 << 20));
+    let stats = link.stop();
+    assert!(stats.forward.packets >= (1 << 20) / 1448);
+    assert_eq!(stats.forward.dropped_relay + stats.back.dropped_relay, 0);
+}
+
+#[test]
+fn no_wrong_byte_comes_through_a_link_that_damages_packets() {
+    let link = start("delay 1ms loss 0.5% corrupt 0.5% duplicate 0.5% rate 2gbit");
+    exchange(&link, &stream(12 << 20));
+    let errors: u64 = [link.near(), link.far()]
+        .map(|end| kernel_counter(end, "Tcp:", "InCsumErrors"))
+        .iter()
+        .sum();
+    let stats = link.stop();
+    for direction in [stats.forward, stats.back] {
+        assert!(direction.corrupted > 0, "{direction:?}");
+        assert!(direction.duplicated > 0, "{direction:?}");
+        assert!(direction.dropped_loss > 0, "{direction:?}");
+        assert_eq!(direction.dropped_relay, 0, "{direction:?}");
+    }
+    // Nearly all flipped bits are found by TCP's own checksum.
+    let corrupted = stats.forward.corrupted + stats.back.corrupted;
+    assert!(errors > 0 && errors <= corrupted, "{errors} of {corrupted}");
+}
+
+#[test]
+fn segmented_datagrams_meet_their_fates_one_by_one() {
+    let link = start("delay 1ms loss 30%");
+    let (near, far) = udp_pair(&link);
+    far.set_read_timeout(Some(500 * MS)).unwrap();
+    setsockopt(&near, sockopt::UdpGsoSegment, &1200).unwrap();
+    // 41 datagrams at a time, the last one shorter; each begins with its number.
+    let mut bytes = stream(40 * 1200 + 100);
+    for round in 0..20u8 {
+        for (i, datagram) in bytes.chunks_mut(1200).enumerate() {
+            datagram[..2].copy_from_slice(&[round, i as u8]);
+        }
+        near.send(&bytes).unwrap();
+    }
+    let mut buffer = [0; 2048];
+    let mut last = None;
+    let mut received = 0;
+    while let Ok(length) = far.recv(&mut buffer) {
+        let number = (buffer[0], buffer[1]);
+        assert!(last < Some(number), "{last:?} before {number:?}");
+        last = Some(number);
+        let i = usize::from(number.1);
+        assert_eq!(length, if i == 40 { 100 } else { 1200 });
+        assert_eq!(buffer[2..length], bytes[i * 1200 + 2..i * 1200 + length]);
+        received += 1;
+    }
+    let stats = link.stop().forward;
+    assert_eq!(stats.packets, 20 * 41);
+    assert_eq!(stats.delivered_packets + stats.dropped_loss, 20 * 41);
+    assert_eq!(stats.delivered_packets, received);
+    // Binomial: mean 246, σ = √(820 · 0.3 · 0.7) = 13.
+    assert!((180..=312).contains(&stats.dropped_loss), "{stats:?}");
+}
+
+#[test]
+fn cut_loses_and_heals() {
+    let link = start("delay 1ms");
+    let (near, far) = udp_pair(&link);
+    let mut buffer = [0; 16];
+    near.send(b"before").unwrap();
+    far.recv(&mut buffer).unwrap();
+    link.set_down(true);
+    far.set_read_timeout(Some(100 * MS)).unwrap();
+    // The cut comes at once, but not by the time when the call returns.
+    let end = Instant::now() + PATIENCE;
+    while link.stats().forward.dropped_down == 0 {
+        assert!(Instant::now() < end, "no packet met the cut");
+        near.send(b"lost").unwrap();
+        match far.recv(&mut buffer) {
+            Ok(_) => {}
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+    }
+    far.recv(&mut buffer).unwrap_err();
+    link.set_down(false);
+    let begin = Instant::now();
+    loop {
+        near.send(b"after").unwrap();
+        match far.recv(&mut buffer) {
+            Ok(length) => break assert_eq!(&buffer[..length], b"after"),
+            Err(_) => assert!(begin.elapsed() < PATIENCE, "the link did not heal"),
+        }
+    }
+}
+
+#[test]
+fn timeline_starts_again() {
+    let link = start("delay 1ms; at 300ms forward down");
+    let (near, far) = udp_pair(&link);
+    far.set_read_timeout(Some(50 * MS)).unwrap();
+    let mut buffer = [0; 16];
+    let mut until = |arrives: bool| {
+        let begin = Instant::now();
+        loop {
+            near.send(b"probe").unwrap();
+            if far.recv(&mut buffer).is_ok() == arrives {
+                break;
+            }
+            assert!(begin.elapsed() < PATIENCE, "still waiting for {arrives}");
+        }
+    };
+    until(false);
+    link.restart_timeline();
+    until(true);
+    until(false);
+    link.set_link("delay 1ms".parse().unwrap());
+    until(true);
+    let stats = link.stop();
+    assert!(stats.forward.dropped_down > 0);
+}
+
+#[test]
+fn commands_run_inside_and_settings_stay_inside() {
+    let link = start("delay 1ms");
+    let outside = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").unwrap();
+    link.near()
+        .set_sysctl("net.ipv4.tcp_rmem", "4096 131072 99999744")
+        .unwrap();
+    let inside = link.near().sysctl("net.ipv4.tcp_rmem").unwrap();
+    assert_eq!(inside.split_whitespace().last(), Some("99999744"));
+    let now = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_rmem").unwrap();
+    assert_eq!(now, outside);
+    let mut command = std::process::Command::new("cat");
+    command.arg("/proc/self/net/dev");
+    link.far().enter(&mut command);
+    let output = command.output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains(hybridmig_netem::tun::DEVICE), "{text}");
+}
