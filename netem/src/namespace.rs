@@ -101,6 +101,13 @@ impl Namespace {
         sys::enter(command, Arc::clone(&self.descriptor));
     }
 
+    /// The same namespace for another owner; it ends with the last.
+    pub(crate) fn share(&self) -> Self {
+        Self {
+            descriptor: Arc::clone(&self.descriptor),
+        }
+    }
+
     /// Runs `job` on a thread inside and returns what it returns. Sockets that it opens stay of
     /// this namespace wherever they are used.
     pub fn run<T: Send>(&self, job: impl FnOnce() -> T + Send) -> io::Result<T> {
