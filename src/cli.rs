@@ -1,6 +1,8 @@
 //! The command line as clap sees it. Only words, defaults and help: what a subcommand does lies in
 //! `commands/`.
 
+mod netem;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,6 +14,11 @@ use hybridmig_transport::identity::Fingerprint;
 use hybridmig_transport::message::{Mode, SessionId};
 
 use crate::units;
+
+pub use netem::{
+    EndArg, NetemArgs, NetemCheckArgs, NetemCommand, NetemEnterArgs, NetemRunArgs, NetemShowArgs,
+    RunnerArg,
+};
 
 /// Exit codes, printed at the end of `--help` and in the man page.
 pub const EXIT_CODES: &str = "\
@@ -55,6 +62,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Run the embedded guest (an access pattern over memory that it verifies) to try things on.
     Guest(GuestArgs),
+    /// Emulate a long link: run commands over it, check how exact it is.
+    Netem(NetemArgs),
     /// Relay UDP with the delay, rate and loss of a long link, to try things over.
     Relay(RelayArgs),
     /// Tell what the journals know of sessions that ended badly, and decide about them.
@@ -280,7 +289,7 @@ pub struct DemoArgs {
     /// How the three phases are used.
     #[arg(long, value_name = "MODE", default_value = "hybrid", value_parser = mode)]
     pub mode: Mode,
-    /// The emulated link, in words of tc-netem(8): one-way delay, rate, loss, queue limit.
+    /// The emulated link: a name that `hybridmig netem list` shows, or words of tc-netem(8).
     #[arg(
         long,
         value_name = "LINK",
@@ -345,7 +354,7 @@ pub struct RelayArgs {
     /// Where it goes on to.
     #[arg(long, value_name = "ADDR:PORT")]
     pub target: SocketAddr,
-    /// The emulated link, in words of tc-netem(8).
+    /// The emulated link: a name that `hybridmig netem list` shows, or words of tc-netem(8).
     #[arg(
         long,
         value_name = "LINK",

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         Command::Keys(args) => commands::keys::run(args),
         Command::Demo(args) => commands::demo::run(args),
         Command::Guest(args) => commands::guest::run(args),
+        Command::Netem(args) => commands::netem::run(args.command),
         Command::Relay(args) => commands::relay::run(args),
         Command::Resolve(args) => commands::resolve::run(args),
         Command::Completions { shell } => Ok(commands::generate::completions(shell)),

@@ -25,6 +25,7 @@
 //! # }
 //! ```
 
+pub mod check;
 pub mod ladder;
 pub mod model;
 pub mod namespace;
