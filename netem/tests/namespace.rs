@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hybridmig_netem::Namespace;
 use hybridmig_netem::namespace::{NamespaceError, remove_stale};
+use hybridmig_netem::{Namespace, TunConfig, TunLink};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -112,6 +112,20 @@ fn names() -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+#[test]
+fn stopped_link_leaves_nothing() {
+    let link = "delay 1ms".parse().unwrap();
+    let link = TunLink::start(TunConfig::new(link, 1)).expect("these tests take root");
+    let ends = [link.near(), link.far()];
+    let inodes = ends.map(|end| fs::metadata(end.path()).unwrap().ino());
+    assert_ne!(inodes[0], inodes[1]);
+    assert!(!keepers(inodes[0]).is_empty());
+    link.stop();
+    for inode in inodes {
+        assert_eq!(keepers(inode), Vec::<PathBuf>::new());
+    }
 }
 
 #[test]

@@ -3,9 +3,10 @@
 //! fails no test.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
+use hybridmig_netem::tun::{FAR_ADDRESS_V6, NEAR_ADDRESS_V6};
 use hybridmig_netem::{LinkSpec, Namespace, TunConfig, TunHandle, TunLink};
 use nix::sys::socket::{setsockopt, sockopt};
 
@@ -36,7 +37,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
 }
 
-fn udp(namespace: &Namespace, address: impl Into<std::net::IpAddr>) -> UdpSocket {
+fn udp(namespace: &Namespace, address: impl Into<IpAddr>) -> UdpSocket {
     let address = SocketAddr::new(address.into(), 0);
     let socket = namespace.run(|| UdpSocket::bind(address)).unwrap().unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -73,7 +74,11 @@ fn stream(length: usize) -> Vec<u8> {
 
 /// Sends `bytes` from near to far by TCP while `bytes` come back; both ends compare. The time it took.
 fn exchange(link: &TunHandle, bytes: &[u8]) -> Duration {
-    let address = SocketAddr::new(link.far_address().into(), 0);
+    exchange_with(link, link.far_address().into(), bytes)
+}
+
+fn exchange_with(link: &TunHandle, far: IpAddr, bytes: &[u8]) -> Duration {
+    let address = SocketAddr::new(far, 0);
     let listener = link
         .far()
         .run(|| TcpListener::bind(address))
@@ -215,11 +220,33 @@ fn no_wrong_byte_comes_through_a_link_that_damages_packets() {
 }
 
 #[test]
+fn ipv6_is_carried_as_well() {
+    let link = start("delay 1ms loss 0.5% corrupt 0.5% rate 2gbit");
+    exchange_with(&link, FAR_ADDRESS_V6.into(), &stream(4 << 20));
+    let stats = link.stop();
+    for direction in [stats.forward, stats.back] {
+        // 1428 bytes of payload fit a packet.
+        assert!(direction.packets >= (4 << 20) / 1428, "{direction:?}");
+        assert!(direction.dropped_loss > 0, "{direction:?}");
+        assert_eq!(direction.dropped_relay, 0, "{direction:?}");
+    }
+}
+
+#[test]
 fn segmented_datagrams_meet_their_fates_one_by_one() {
     let link = start("delay 1ms loss 30%");
     let (near, far) = udp_pair(&link);
+    segmented_datagrams(link, &near, &far);
+    let link = start("delay 1ms loss 30%");
+    let near = udp(link.near(), NEAR_ADDRESS_V6);
+    let far = udp(link.far(), FAR_ADDRESS_V6);
+    near.connect(far.local_addr().unwrap()).unwrap();
+    segmented_datagrams(link, &near, &far);
+}
+
+fn segmented_datagrams(link: TunHandle, near: &UdpSocket, far: &UdpSocket) {
     far.set_read_timeout(Some(500 * MS)).unwrap();
-    setsockopt(&near, sockopt::UdpGsoSegment, &1200).unwrap();
+    setsockopt(near, sockopt::UdpGsoSegment, &1200).unwrap();
     // 41 datagrams at a time, the last one shorter; each begins with its number.
     let mut bytes = stream(40 * 1200 + 100);
     for round in 0..20u8 {
@@ -303,6 +330,59 @@ fn timeline_starts_again() {
     until(true);
     let stats = link.stop();
     assert!(stats.forward.dropped_down > 0);
+}
+
+#[test]
+fn interface_that_is_down_is_no_end_of_the_link() {
+    let link = start("delay 1ms");
+    let (near, far) = udp_pair(&link);
+    let mut command = std::process::Command::new("ip");
+    command.args(["link", "set", hybridmig_netem::tun::DEVICE, "down"]);
+    link.far().enter(&mut command);
+    assert!(command.status().expect("iproute2 is needed").success());
+    near.send(b"into the void").unwrap();
+    let end = Instant::now() + PATIENCE;
+    while link.stats().forward.dropped_relay == 0 {
+        assert!(Instant::now() < end, "the packet is not missed");
+        std::thread::yield_now();
+    }
+    let mut command = std::process::Command::new("ip");
+    command.args(["link", "set", hybridmig_netem::tun::DEVICE, "up"]);
+    link.far().enter(&mut command);
+    assert!(command.status().unwrap().success());
+    near.send(b"hello").unwrap();
+    assert_eq!(far.recv(&mut [0; 16]).unwrap(), 5);
+    assert!(link.stop().invalid().is_some());
+}
+
+#[test]
+fn link_whose_device_is_deleted_is_no_valid_measurement() {
+    let link = start("delay 1ms");
+    let mut command = std::process::Command::new("ip");
+    command.args(["link", "delete", hybridmig_netem::tun::DEVICE]);
+    link.near().enter(&mut command);
+    assert!(command.status().expect("iproute2 is needed").success());
+    let end = Instant::now() + PATIENCE;
+    while link.stats().invalid().is_none() {
+        assert!(Instant::now() < end, "{:?}", link.stats());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn small_and_large_mtu_are_kept() {
+    for mtu in [576u16, 9000] {
+        let link = start_with("delay 1ms loss 1%", |config| config.mtu = mtu);
+        exchange(&link, &stream(1 << 20));
+        let stats = link.stop().forward;
+        assert!(stats.bytes <= stats.packets * u64::from(mtu), "{stats:?}");
+        assert!(stats.packets > (1 << 20) / u64::from(mtu), "{stats:?}");
+    }
+    let link: LinkSpec = "delay 1ms".parse().unwrap();
+    let mut config = TunConfig::new(link, 1);
+    config.mtu = 67;
+    let error = TunLink::start(config).unwrap_err();
+    assert!(error.to_string().contains("67"), "{error}");
 }
 
 #[test]

@@ -3,12 +3,13 @@
 
 use std::io::{self, Read, Write};
 use std::mem;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
 
+use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -19,6 +20,8 @@ pub struct Interface<'a> {
     pub name: &'a str,
     /// Its IPv4 address and the number of leading bits of its network.
     pub address: Option<(Ipv4Addr, u8)>,
+    /// Its IPv6 address, likewise. Where IPv6 is not there or switched off, it gets none.
+    pub address_v6: Option<(Ipv6Addr, u8)>,
     /// Largest packet, in bytes.
     pub mtu: Option<u16>,
     /// How many packets may wait for its driver.
@@ -56,7 +59,40 @@ impl Interface<'_> {
         // SAFETY: SIOCGIFFLAGS has just written this member.
         let flags = unsafe { argument.ifr_ifru.ifru_flags };
         argument.ifr_ifru.ifru_flags = flags | libc::IFF_UP as libc::c_short;
-        interface_ioctl(&socket, libc::SIOCSIFFLAGS, &mut argument)
+        interface_ioctl(&socket, libc::SIOCSIFFLAGS, &mut argument)?;
+        match self.address_v6 {
+            Some((address, prefix)) => set_address_v6(self.name, address, prefix),
+            None => Ok(()),
+        }
+    }
+}
+
+fn set_address_v6(name: &str, address: Ipv6Addr, prefix: u8) -> io::Result<()> {
+    let socket = match Socket::new(Domain::IPV6, Type::DGRAM, None) {
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(()),
+        socket => socket?,
+    };
+    let argument = libc::in6_ifreq {
+        ifr6_addr: libc::in6_addr {
+            s6_addr: address.octets(),
+        },
+        ifr6_prefixlen: u32::from(prefix),
+        ifr6_ifindex: if_nametoindex(name)? as libc::c_int,
+    };
+    // SAFETY: SIOCSIFADDR on an IPv6 socket takes a pointer to an in6_ifreq, which lives.
+    let result = unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFADDR as _,
+            &raw const argument,
+        )
+    };
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        _ if result == 0 => Ok(()),
+        // The sysctl disable_ipv6.
+        Some(libc::EACCES) => Ok(()),
+        _ => Err(error),
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
@@ -22,6 +22,10 @@ const QUEUE: u16 = 8192;
 
 /// Bits of the network that both addresses are in.
 const PREFIX: u8 = 30;
+const PREFIX_V6: u8 = 64;
+
+/// Least MTU that IPv6 works with.
+const MTU_MIN_V6: u16 = 1280;
 
 /// Bytes of `/proc/net/dev` that are looked at: two interfaces and the heading take less.
 const STATISTICS: usize = 4096;
@@ -42,10 +46,10 @@ pub struct Device {
 }
 
 impl Device {
-    /// Makes the device in `namespace`, with an address, and brings it up.
+    /// Makes the device in `namespace`, with an address of each kind, and brings it up.
     pub fn create(
         namespace: &Namespace,
-        address: Ipv4Addr,
+        address: (Ipv4Addr, Ipv6Addr),
         mtu: u16,
         offload: bool,
     ) -> Result<Self, TunError> {
@@ -75,7 +79,8 @@ impl Device {
         namespace
             .set_up_interface(&Interface {
                 name: NAME,
-                address: Some((address, PREFIX)),
+                address: Some((address.0, PREFIX)),
+                address_v6: (mtu >= MTU_MIN_V6).then_some((address.1, PREFIX_V6)),
                 mtu: Some(mtu),
                 queue: Some(QUEUE),
             })

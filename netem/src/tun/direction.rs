@@ -1,25 +1,21 @@
 //! The thread of one direction: deliver what is due, take in what the near device has, sleep until the
-//! next of either. Fates are drawn for every packet of the link's MTU; what survives in a row
-//! and arrives at nearly the same time is delivered as one super-packet.
+//! next of either. It decides nothing about packets; `judge` does.
 
 use std::io;
-use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::device::Device;
 use super::gso::{Frame, MAX_FRAME};
+use super::judge::Judge;
 use super::pool::Pool;
 use super::{Shared, Side};
-use crate::model::{Dropped, Fate, InFlight, MAX_IN_FLIGHT, Path};
+use crate::model::{InFlight, Path};
 use crate::runner::{Counters, Schedule};
 use crate::sys;
 
 /// Frames read in a row before those that are due get their turn.
 const FRAMES_PER_TURN: usize = 64;
-
-/// The most link time between the first and the last packet that are delivered together.
-const RUN_TIME: Duration = Duration::from_micros(250);
 
 /// The longest sleep. A packet cannot tell how long it waited to be read: its time begins then. What
 /// can is how much later than asked for the thread woke up.
@@ -57,25 +53,6 @@ struct Parcel {
     bytes: usize,
 }
 
-/// Consecutive packets of a frame that arrive together.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Run {
-    segments: Range<usize>,
-    /// When the first one is due, and the last one.
-    first_due: Duration,
-    due: Duration,
-    bytes: usize,
-    /// Flip a bit of it, chosen by this number; the run is one packet.
-    corrupt: Option<u64>,
-}
-
-/// Draws the fates of a frame's packets.
-struct Judge {
-    path: Path,
-    /// The runs of the frame judged last.
-    runs: Vec<Run>,
-}
-
 impl<'a> Direction<'a> {
     pub fn new(shared: &'a Shared, path: Path, back: bool) -> Self {
         let (side, other) = if back {
@@ -89,18 +66,24 @@ impl<'a> Direction<'a> {
             source: &side.device,
             sink: &other.device,
             schedule: Schedule::new(back),
-            judge: Judge {
-                path,
-                runs: Vec::new(),
-            },
+            judge: Judge::new(path),
             in_flight: InFlight::new(),
             pool: Pool::default(),
             scratch: vec![0; MAX_FRAME],
         }
     }
 
-    /// The loop, until the link stops.
-    pub fn run(&mut self) -> io::Result<()> {
+    /// Carries packets until the link stops.
+    pub fn run(mut self) {
+        // Whatever ends it before: from then on no packet arrives, which is as late as can be.
+        let ended = Ended(self.shared, &self.side.counters);
+        if let Err(error) = self.turn_by_turn() {
+            tracing::error!(%error, "a direction of the emulated link has ended");
+        }
+        drop(ended);
+    }
+
+    fn turn_by_turn(&mut self) -> io::Result<()> {
         if !sys::prefer_latency() {
             tracing::debug!("the emulated link runs at ordinary priority");
         }
@@ -147,10 +130,9 @@ impl<'a> Direction<'a> {
         let Some((spec, down)) = self.schedule.follow(&self.shared.steering, now) else {
             return;
         };
-        let path = &mut self.judge.path;
-        path.set_spec(now, &spec);
-        if down != path.is_down() {
-            path.set_down(down);
+        self.judge.path.set_spec(now, &spec);
+        if down != self.judge.path.is_down() {
+            self.judge.path.set_down(down);
             if down {
                 let lost = self.in_flight.clear();
                 Counters::add(&self.side.counters.dropped_down, lost as u64);
@@ -186,8 +168,8 @@ impl<'a> Direction<'a> {
             };
             if let Some(frame) = Frame::new(&self.scratch[..length]) {
                 let now = self.shared.now();
-                self.judge
-                    .judge(&frame, now, &self.in_flight, &self.side.counters);
+                let counters = &self.side.counters;
+                self.judge.judge(&frame, now, &self.in_flight, counters);
                 self.send(length);
                 // Reading on would make it late, and saves no system call.
                 if self.in_flight.next_due().is_some_and(|due| due <= now) {
@@ -203,7 +185,7 @@ impl<'a> Direction<'a> {
         let Some(frame) = Frame::new(&self.scratch[..length]) else {
             return;
         };
-        if let [run] = self.judge.runs.as_slice()
+        if let [run] = self.judge.runs()
             && length > WORTH_KEEPING
             && run.corrupt.is_none()
             && frame.is_whole(&run.segments)
@@ -222,7 +204,7 @@ impl<'a> Direction<'a> {
                 .push(run.due, run.bytes, run.segments.len(), parcel);
             return;
         }
-        for run in &self.judge.runs {
+        for run in self.judge.runs() {
             let mut buffer = self.pool.take(frame.run_length(&run.segments));
             buffer.clear();
             match run.corrupt {
@@ -241,77 +223,13 @@ impl<'a> Direction<'a> {
     }
 }
 
-impl Judge {
-    /// Draws the fates of a frame's packets, counts those that are lost and leaves the others as runs.
-    fn judge(
-        &mut self,
-        frame: &Frame<'_>,
-        now: Duration,
-        in_flight: &InFlight<Parcel>,
-        counters: &Counters,
-    ) {
-        self.runs.clear();
-        let segments = frame.segments();
-        let (mut held, mut held_bytes, mut total, mut doubled) = (in_flight.held(), 0, 0, 0);
-        for index in 0..segments {
-            let bytes = frame.segment_bytes(index);
-            total += bytes;
-            // Twice: it may be doubled.
-            let room = held + 2 <= MAX_IN_FLIGHT && in_flight.has_room(held_bytes + 2 * bytes);
-            if !room {
-                counters.dropped(Dropped::Overflow);
-                continue;
-            }
-            match self.path.admit(now, bytes, held) {
-                Ok(fate) => {
-                    let copies = self.add(index, bytes, &fate);
-                    held += copies;
-                    held_bytes += copies * bytes;
-                    doubled += copies - 1;
-                    if fate.corrupt.is_some() {
-                        Counters::add(&counters.corrupted, 1);
-                    }
-                }
-                Err(why) => counters.dropped(why),
-            }
-        }
-        Counters::add(&counters.packets, segments as u64);
-        Counters::add(&counters.bytes, total as u64);
-        if doubled > 0 {
-            Counters::add(&counters.duplicated, doubled as u64);
-        }
-    }
+/// Makes the measurement invalid if the link is to go on.
+struct Ended<'a>(&'a Shared, &'a Counters);
 
-    /// Adds a packet that is not lost to the runs; with its copies.
-    fn add(&mut self, index: usize, bytes: usize, fate: &Fate) -> usize {
-        let alone = |due, corrupt| Run {
-            segments: index..index + 1,
-            first_due: due,
-            due,
-            bytes,
-            corrupt,
-        };
-        match self.runs.last_mut() {
-            Some(run)
-                if fate.corrupt.is_none()
-                    && run.corrupt.is_none()
-                    && run.segments.end == index
-                    && run.due <= fate.due
-                    && fate.due <= run.first_due + RUN_TIME =>
-            {
-                run.segments.end += 1;
-                run.due = fate.due;
-                run.bytes += bytes;
-            }
-            _ => self.runs.push(alone(fate.due, fate.corrupt)),
-        }
-        // The copy ends the run: what follows begins another.
-        match fate.duplicate {
-            Some(due) => {
-                self.runs.push(alone(due, None));
-                2
-            }
-            None => 1,
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        if !self.0.stopping.load(Ordering::Relaxed) {
+            self.1.delivered(0, 0, Duration::from_nanos(u64::MAX));
         }
     }
 }

@@ -11,11 +11,12 @@
 mod device;
 mod direction;
 mod gso;
+mod judge;
 mod pool;
 mod sys;
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -38,6 +39,12 @@ pub const NEAR_ADDRESS: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
 
 /// The far end.
 pub const FAR_ADDRESS: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 2);
+
+/// The near end in IPv6, of the range that RFC 5180 sets aside for the same.
+pub const NEAR_ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 1);
+
+/// The far end in IPv6.
+pub const FAR_ADDRESS_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 2);
 
 /// Least MTU that IPv4 can work with.
 const MTU_MIN: u16 = 68;
@@ -124,8 +131,8 @@ impl TunLink {
             })
         };
         let shared = Arc::new(Shared {
-            near: side(NEAR_ADDRESS)?,
-            far: side(FAR_ADDRESS)?,
+            near: side((NEAR_ADDRESS, NEAR_ADDRESS_V6))?,
+            far: side((FAR_ADDRESS, FAR_ADDRESS_V6))?,
             start: Instant::now(),
             steering: Steering::new(config.link.clone()),
             stopping: AtomicBool::new(false),
@@ -139,11 +146,7 @@ impl TunLink {
         for (name, spec, is_back) in [("tun-forward", forward, false), ("tun-back", back, true)] {
             let shared = Arc::clone(&handle.shared);
             let path = Path::new(spec, seed_of(config.seed, is_back));
-            let run = move || {
-                if let Err(error) = Direction::new(&shared, path, is_back).run() {
-                    tracing::error!(%error, "a direction of the emulated link has ended");
-                }
-            };
+            let run = move || Direction::new(&shared, path, is_back).run();
             let thread = std::thread::Builder::new().name(name.to_owned());
             let thread = thread.spawn(run).map_err(set_up("a thread"))?;
             handle.threads.push(thread);
