@@ -245,7 +245,6 @@ fn segmented_datagrams_meet_their_fates_one_by_one() {
 }
 
 fn segmented_datagrams(link: TunHandle, near: &UdpSocket, far: &UdpSocket) {
-    far.set_read_timeout(Some(500 * MS)).unwrap();
     setsockopt(near, sockopt::UdpGsoSegment, &1200).unwrap();
     // 41 datagrams at a time, the last one shorter; each begins with its number.
     let mut bytes = stream(40 * 1200 + 100);
@@ -255,81 +254,83 @@ fn segmented_datagrams(link: TunHandle, near: &UdpSocket, far: &UdpSocket) {
         }
         near.send(&bytes).unwrap();
     }
+    wait_until("all have met their fates", || {
+        let stats = link.stats().forward;
+        stats.delivered_packets + stats.dropped_loss == 20 * 41
+    });
+    let stats = link.stats().forward;
+    assert_eq!(stats.packets, 20 * 41);
+    // Binomial: mean 246, σ = √(820 · 0.3 · 0.7) = 13.
+    assert!((180..=312).contains(&stats.dropped_loss), "{stats:?}");
     let mut buffer = [0; 2048];
     let mut last = None;
-    let mut received = 0;
-    while let Ok(length) = far.recv(&mut buffer) {
+    for _ in 0..stats.delivered_packets {
+        let length = far.recv(&mut buffer).unwrap();
         let number = (buffer[0], buffer[1]);
         assert!(last < Some(number), "{last:?} before {number:?}");
         last = Some(number);
         let i = usize::from(number.1);
         assert_eq!(length, if i == 40 { 100 } else { 1200 });
         assert_eq!(buffer[2..length], bytes[i * 1200 + 2..i * 1200 + length]);
-        received += 1;
     }
-    let stats = link.stop().forward;
-    assert_eq!(stats.packets, 20 * 41);
-    assert_eq!(stats.delivered_packets + stats.dropped_loss, 20 * 41);
-    assert_eq!(stats.delivered_packets, received);
-    // Binomial: mean 246, σ = √(820 · 0.3 · 0.7) = 13.
-    assert!((180..=312).contains(&stats.dropped_loss), "{stats:?}");
+}
+
+/// Sends until a packet meets the cut of the forward direction; nothing waits at the far end then.
+fn meet_cut(link: &TunHandle, near: &UdpSocket, far: &UdpSocket) {
+    let before = link.stats().forward.dropped_down;
+    wait_until("a packet meets the cut", || {
+        near.send(b"lost").unwrap();
+        link.stats().forward.dropped_down > before
+    });
+    far.set_nonblocking(true).unwrap();
+    while far.recv(&mut [0; 16]).is_ok() {}
+    far.set_nonblocking(false).unwrap();
+}
+
+/// Sends until something arrives.
+fn get_through(near: &UdpSocket, far: &UdpSocket) {
+    far.set_read_timeout(Some(20 * MS)).unwrap();
+    wait_until("a packet gets through", || {
+        near.send(b"found").unwrap();
+        far.recv(&mut [0; 16]).is_ok()
+    });
+}
+
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < end, "still waiting until {what}");
+        std::thread::yield_now();
+    }
 }
 
 #[test]
 fn cut_loses_and_heals() {
     let link = start("delay 1ms");
     let (near, far) = udp_pair(&link);
-    let mut buffer = [0; 16];
-    near.send(b"before").unwrap();
-    far.recv(&mut buffer).unwrap();
+    get_through(&near, &far);
     link.set_down(true);
-    far.set_read_timeout(Some(100 * MS)).unwrap();
     // The cut comes at once, but not by the time when the call returns.
-    let end = Instant::now() + PATIENCE;
-    while link.stats().forward.dropped_down == 0 {
-        assert!(Instant::now() < end, "no packet met the cut");
-        near.send(b"lost").unwrap();
-        match far.recv(&mut buffer) {
-            Ok(_) => {}
-            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
-        }
-    }
-    far.recv(&mut buffer).unwrap_err();
+    meet_cut(&link, &near, &far);
+    near.send(b"lost").unwrap();
+    far.set_read_timeout(Some(50 * MS)).unwrap();
+    far.recv(&mut [0; 16]).unwrap_err();
     link.set_down(false);
-    let begin = Instant::now();
-    loop {
-        near.send(b"after").unwrap();
-        match far.recv(&mut buffer) {
-            Ok(length) => break assert_eq!(&buffer[..length], b"after"),
-            Err(_) => assert!(begin.elapsed() < PATIENCE, "the link did not heal"),
-        }
-    }
+    get_through(&near, &far);
+    assert_eq!(link.stats().forward.dropped_relay, 0);
 }
 
 #[test]
 fn timeline_starts_again() {
     let link = start("delay 1ms; at 300ms forward down");
     let (near, far) = udp_pair(&link);
-    far.set_read_timeout(Some(50 * MS)).unwrap();
-    let mut buffer = [0; 16];
-    let mut until = |arrives: bool| {
-        let begin = Instant::now();
-        loop {
-            near.send(b"probe").unwrap();
-            if far.recv(&mut buffer).is_ok() == arrives {
-                break;
-            }
-            assert!(begin.elapsed() < PATIENCE, "still waiting for {arrives}");
-        }
-    };
-    until(false);
+    meet_cut(&link, &near, &far);
     link.restart_timeline();
-    until(true);
-    until(false);
+    get_through(&near, &far);
+    meet_cut(&link, &near, &far);
     link.set_link("delay 1ms".parse().unwrap());
-    until(true);
-    let stats = link.stop();
-    assert!(stats.forward.dropped_down > 0);
+    get_through(&near, &far);
+    assert_eq!(link.stop().back.dropped_down, 0);
 }
 
 #[test]
@@ -341,11 +342,9 @@ fn interface_that_is_down_is_no_end_of_the_link() {
     link.far().enter(&mut command);
     assert!(command.status().expect("iproute2 is needed").success());
     near.send(b"into the void").unwrap();
-    let end = Instant::now() + PATIENCE;
-    while link.stats().forward.dropped_relay == 0 {
-        assert!(Instant::now() < end, "the packet is not missed");
-        std::thread::yield_now();
-    }
+    wait_until("the packet is missed", || {
+        link.stats().forward.dropped_relay > 0
+    });
     let mut command = std::process::Command::new("ip");
     command.args(["link", "set", hybridmig_netem::tun::DEVICE, "up"]);
     link.far().enter(&mut command);
@@ -362,11 +361,7 @@ fn link_whose_device_is_deleted_is_no_valid_measurement() {
     command.args(["link", "delete", hybridmig_netem::tun::DEVICE]);
     link.near().enter(&mut command);
     assert!(command.status().expect("iproute2 is needed").success());
-    let end = Instant::now() + PATIENCE;
-    while link.stats().invalid().is_none() {
-        assert!(Instant::now() < end, "{:?}", link.stats());
-        std::thread::yield_now();
-    }
+    wait_until("that is noticed", || link.stats().invalid().is_some());
 }
 
 #[test]
