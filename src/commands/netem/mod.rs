@@ -159,7 +159,9 @@ fn show(args: &NetemShowArgs) -> anyhow::Result<ExitCode> {
             if !stage.from.is_zero() {
                 println!("  # {} later", show_time(stage.from));
             }
-            lines.iter().for_each(|line| println!("  {line}"));
+            for line in lines {
+                println!("  {line}");
+            }
         }
     }
     Ok(ExitCode::SUCCESS)

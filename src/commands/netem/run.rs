@@ -29,6 +29,13 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// Runs the command and removes everything afterwards.
 pub fn run(args: NetemRunArgs) -> anyhow::Result<ExitCode> {
+    // One thread: the kernel ties the children's lives to the thread that started them.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")?;
+    // Before there is anything that a signal could leave behind.
+    let mut signals = runtime.block_on(async { Signals::new() })?;
     for name in remove_stale().context("what a killed run has left cannot be removed")? {
         eprintln!("removed {name}, which a killed run has left");
     }
@@ -43,8 +50,9 @@ pub fn run(args: NetemRunArgs) -> anyhow::Result<ExitCode> {
                 .set_sysctl("net.ipv4.tcp_congestion_control", tcp)
                 .with_context(|| {
                     format!(
-                        "the {end} end cannot use '{tcp}'; is it among \
-                         net.ipv4.tcp_allowed_congestion_control of the host?"
+                        "the {end} end cannot use '{tcp}' for TCP; the host must have it and allow it: \
+                         modprobe tcp_{tcp}; sysctl -w \
+                         net.ipv4.tcp_allowed_congestion_control=\"reno cubic {tcp}\""
                     )
                 })?;
         }
@@ -58,12 +66,7 @@ pub fn run(args: NetemRunArgs) -> anyhow::Result<ExitCode> {
     if let Some([near, far]) = &names {
         eprintln!("namespaces {} and {}", near.name(), far.name());
     }
-    // One thread: the kernel ties the children's lives to the thread that started them.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the async runtime")?;
-    let status = runtime.block_on(both(&args, &link))?;
+    let status = runtime.block_on(both(&args, &link, &mut signals))?;
     drop(names);
     let mut code = match (status.code(), status.signal()) {
         (Some(code), _) => u8::try_from(code).unwrap_or(1),
@@ -84,11 +87,11 @@ pub fn run(args: NetemRunArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Runs both ends until the near one ends.
-async fn both(args: &NetemRunArgs, link: &NetemLink) -> anyhow::Result<ExitStatus> {
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
-    let mut quit = signal(SignalKind::quit()).context("cannot listen for signals")?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for signals")?;
-    let mut hangup = signal(SignalKind::hangup()).context("cannot listen for signals")?;
+async fn both(
+    args: &NetemRunArgs,
+    link: &NetemLink,
+    signals: &mut Signals,
+) -> anyhow::Result<ExitStatus> {
     let mut far = match &args.far {
         Some(line) => {
             let mut words = Command::new("/bin/sh");
@@ -104,25 +107,55 @@ async fn both(args: &NetemRunArgs, link: &NetemLink) -> anyhow::Result<ExitStatu
         link,
         "the near command",
     )?;
-    // At a terminal the command hears its keys itself.
-    let keys = std::io::stdin().is_terminal();
     let status = loop {
         let heard = tokio::select! {
             status = near.wait() => break status.context("the near command cannot be waited for"),
-            _ = interrupt.recv() => (!keys).then_some(Signal::SIGINT),
-            _ = quit.recv() => (!keys).then_some(Signal::SIGQUIT),
-            _ = terminate.recv() => Some(Signal::SIGTERM),
-            _ = hangup.recv() => Some(Signal::SIGHUP),
+            signal = signals.next() => signal,
         };
-        if let (Some(signal), Some(pid)) = (heard, near.id()) {
+        if let Some(pid) = near.id() {
             // It may have ended this very moment; then the next wait says so.
-            let _ = kill(Pid::from_raw(pid.cast_signed()), signal);
+            let _ = kill(Pid::from_raw(pid.cast_signed()), heard);
         }
     };
     if let Some(far) = &mut far {
         end(far).await?;
     }
     status
+}
+
+/// The signals that the near command is to hear.
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    quit: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
+    /// At a terminal the command hears the keys itself.
+    keys: bool,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        let listen = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Self {
+            interrupt: listen(SignalKind::interrupt())?,
+            quit: listen(SignalKind::quit())?,
+            terminate: listen(SignalKind::terminate())?,
+            hangup: listen(SignalKind::hangup())?,
+            keys: std::io::stdin().is_terminal(),
+        })
+    }
+
+    /// The next that has to be passed on.
+    async fn next(&mut self) -> Signal {
+        loop {
+            tokio::select! {
+                _ = self.interrupt.recv() => if !self.keys { return Signal::SIGINT },
+                _ = self.quit.recv() => if !self.keys { return Signal::SIGQUIT },
+                _ = self.terminate.recv() => return Signal::SIGTERM,
+                _ = self.hangup.recv() => return Signal::SIGHUP,
+            }
+        }
+    }
 }
 
 /// Starts a command at one end; the kernel ends it should this process be killed.
