@@ -12,10 +12,11 @@
 //! - `memcheck.sweep=32`: pages verified in turn, in MB/s.
 //! - `memcheck.random=50`: per cent of each page that does not compress.
 //! - `memcheck.seed=1`: which pages are written, and what with.
+//! - `memcheck.tick=50`: time between two ticks in ms.
 //!
 //! Console, one line each:
 //! - `READY <pages>` when every page has been written once.
-//! - `TICK <monotonic ms> <page operations> <bad pages>` every 50 ms; all three only ever grow.
+//! - `TICK <monotonic ms> <page operations> <bad pages>` once a tick; all three only ever grow.
 //! - `BAD …` what is wrong with a page (the first 32; the page is then written anew).
 //! - `VERIFIED <pages> <bad pages>` answers the input line `verify` after a full sweep; bad pages are
 //!   counted since the boot.
@@ -29,7 +30,6 @@ use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
-const TICK: Duration = Duration::from_millis(50);
 /// Page operations between two looks at the clock.
 const CHUNK: u64 = 8;
 /// `BAD` lines printed.
@@ -59,6 +59,7 @@ struct Options {
     sweep: f64,
     random: usize,
     seed: u64,
+    tick: Duration,
 }
 
 impl Options {
@@ -71,6 +72,7 @@ impl Options {
             sweep: value(&line, "sweep", 32.0),
             random: value(&line, "random", 50),
             seed: value(&line, "seed", 1),
+            tick: Duration::from_millis(value(&line, "tick", 50).max(1)),
         }
     }
 }
@@ -179,6 +181,7 @@ struct Checker {
     sweep_rate: f64,
     draws: u64,
     seed: u64,
+    tick: Duration,
     /// The next page to sweep.
     cursor: usize,
     operations: u64,
@@ -198,6 +201,7 @@ impl Checker {
             sweep_rate: options.sweep,
             draws: 0,
             seed: options.seed,
+            tick: options.tick,
             cursor: 0,
             operations: 0,
             bad: 0,
@@ -211,15 +215,15 @@ impl Checker {
     fn run(&mut self, commands: &Receiver<String>) {
         let start = Instant::now();
         let mut next_tick = start;
-        let mut writes = Budget::new(start);
-        let mut sweeps = Budget::new(start);
+        let mut writes = Budget::new(start, self.tick);
+        let mut sweeps = Budget::new(start, self.tick);
         // Pages that a full sweep has still to see.
         let mut full_sweep: Option<usize> = None;
         loop {
             let now = Instant::now();
             if now >= next_tick {
-                next_tick = now + TICK;
-                self.tick(now - start);
+                next_tick = now + self.tick;
+                self.say_tick(now - start);
                 if full_sweep.is_none() {
                     full_sweep = commands.try_recv().ok().and_then(|line| self.obey(&line));
                 }
@@ -245,7 +249,7 @@ impl Checker {
         }
     }
 
-    fn tick(&self, since_start: Duration) {
+    fn say_tick(&self, since_start: Duration) {
         let millis = since_start.as_millis();
         say(&format!("TICK {millis} {} {}", self.operations, self.bad));
     }
@@ -330,13 +334,16 @@ struct Budget {
     since: Instant,
     /// Pages owed.
     owed: f64,
+    /// The longest stall that is made up for.
+    most: Duration,
 }
 
 impl Budget {
-    fn new(now: Instant) -> Self {
+    fn new(now: Instant, most: Duration) -> Self {
         Self {
             since: now,
             owed: 0.0,
+            most,
         }
     }
 
@@ -344,7 +351,7 @@ impl Budget {
     fn take(&mut self, now: Instant, megabytes: f64) -> u64 {
         let pages_per_second = megabytes * 1e6 / PAGE as f64;
         self.owed += (now - self.since).as_secs_f64() * pages_per_second;
-        self.owed = self.owed.min(pages_per_second * TICK.as_secs_f64());
+        self.owed = self.owed.min(pages_per_second * self.most.as_secs_f64());
         self.since = now;
         let pages = (self.owed as u64).min(CHUNK);
         self.owed -= pages as f64;
@@ -397,7 +404,7 @@ mod tests {
     #[test]
     fn a_stall_is_not_made_up_for() {
         let start = Instant::now();
-        let mut budget = Budget::new(start);
+        let mut budget = Budget::new(start, Duration::from_millis(50));
         let after = start + Duration::from_secs(60);
         let mut pages = 0;
         while budget.is_behind() || pages == 0 {

@@ -123,6 +123,13 @@ impl Console {
         self.wait_after(mark, "RATE ", patience).map(|_| ())
     }
 
+    /// What the guest said when it was beyond help, if it has said so.
+    pub fn died(&self) -> Option<String> {
+        let lines = self.transcript.lines();
+        let fatal = |line: &Line| FATAL.iter().any(|word| line.text.contains(word));
+        lines.into_iter().find(fatal).map(|line| line.text)
+    }
+
     /// All ticks so far.
     pub fn ticks(&self) -> Vec<Tick> {
         self.transcript
@@ -144,7 +151,7 @@ pub fn ticks(consoles: &[&Console]) -> Vec<Tick> {
 }
 
 /// The longest time, by the host's clock, between two ticks of one guest: what its user would have
-/// noticed of a migration. Includes the tick's own 50 ms.
+/// noticed of a migration. Includes the tick's own time (50 ms unless `memcheck.tick` says otherwise).
 pub fn longest_gap(consoles: &[&Console]) -> Duration {
     let ticks = ticks(consoles);
     let gaps = ticks.windows(2).map(|pair| pair[1].at - pair[0].at);

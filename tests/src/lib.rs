@@ -28,12 +28,17 @@ pub fn source_root() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }
 
-/// The directory of the build profile that the running test was built with, `target/debug`.
-fn profile_dir() -> Result<PathBuf> {
-    let test = std::env::current_exe().context("this test has no path")?;
-    let deps = test.parent().filter(|dir| dir.ends_with("deps"));
-    let profile = deps.and_then(Path::parent).map(Path::to_owned);
-    profile.with_context(|| format!("{} is not in a 'deps' of cargo's", test.display()))
+/// The directory of the build profile that the running test or program was built with, `target/debug`.
+/// Tests lie in its `deps`, programs in itself.
+pub fn profile_dir() -> Result<PathBuf> {
+    let program = std::env::current_exe().context("this program has no path")?;
+    let directory = program.parent();
+    let profile = match directory {
+        Some(directory) if directory.ends_with("deps") => directory.parent(),
+        other => other,
+    };
+    let profile = profile.map(Path::to_owned);
+    profile.with_context(|| format!("{} is in no directory of cargo's", program.display()))
 }
 
 /// A UDP address on loopback that was free a moment ago. For what must be told a port in advance;

@@ -183,6 +183,11 @@ pub struct Vm {
 impl Vm {
     /// Starts a VM. Unless it is an incoming one, its guest boots.
     pub fn start(config: &VmConfig) -> Result<Self> {
+        Self::start_with(config, |_| ())
+    }
+
+    /// Like [`Self::start`]; `place` may change how QEMU is started, say in another network namespace.
+    pub fn start_with(config: &VmConfig, place: impl FnOnce(&mut Command)) -> Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("hybridmig-vm-")
             .tempdir()
@@ -199,6 +204,7 @@ impl Vm {
             .stdout(Stdio::null())
             .stderr(File::create(&stderr).context("no file for QEMU's errors")?);
         inherit(&mut command, &ram);
+        place(&mut command);
         let mut qemu = Kept::start(&config.name, command)?;
         let sockets = Sockets::within(directory.path());
         let connected = Qmp::connect(&sockets.control, START).and_then(|control| {
