@@ -4,7 +4,9 @@
 use std::hint::black_box;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use hybridmig_bench::{BATCH_BLOCKS, BLOCK, Memory, RAM, encode, group, noise, ram, text, touched};
+use hybridmig_bench::micro::{
+    BATCH_BLOCKS, BLOCK, Memory, RAM, encode, group, noise, ram, text, touched,
+};
 use hybridmig_transport::codec::{BlockEncoder, EncoderConfig, Limits, decode_batch};
 use hybridmig_transport::frame::{decode_message, encode_message, split_set};
 use hybridmig_transport::message::{BlockSet, Message};

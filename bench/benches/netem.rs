@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use hybridmig_bench::group;
+use hybridmig_bench::micro::group;
 use hybridmig_netem::LinkSpec;
 use hybridmig_netem::model::Link;
 

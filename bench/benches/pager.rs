@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use common::{Guest, PAGE};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use hybridmig_bench::{group, thread_time};
+use hybridmig_bench::micro::{group, thread_time};
 use hybridmig_pager::uffd::{Event, RawEvent, RegisterMode, Uffd};
 use hybridmig_pager::{
     FaultAnswer, FaultSink, Features, MissingMap, PagerError, Placer, PlacerConfig, Settle,

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use common::Guest;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use hybridmig_bench::{
+use hybridmig_bench::micro::{
     BATCH_BLOCKS, BLOCK, Memory, encode, group, noise, process_time, ram, thread_time,
 };
 use hybridmig_pager::{Features, Settle, Tracker, TrackerConfig};

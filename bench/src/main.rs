@@ -1,0 +1,145 @@
+//! `bench`: runs scenarios and makes tables and plots of their results. Only the command line.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, Subcommand};
+use hybridmig_bench::interrupt::Interrupt;
+use hybridmig_bench::record::Record;
+use hybridmig_bench::scenario::{EMBEDDED, Scenario};
+use hybridmig_bench::{engine, report, series};
+use hybridmig_tests::profile_dir;
+
+/// Migrations side by side over an emulated link: hybridmig and what people use today.
+#[derive(Parser)]
+#[command(name = "bench")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a scenario, as root; every run is appended to the results as a line of JSON.
+    Run {
+        /// A scenario's name (`bench list`) or file.
+        scenario: String,
+        /// Only this engine; may be given several times.
+        #[arg(long)]
+        engine: Vec<String>,
+        /// Only the cells whose text (`bench list SCENARIO`) contains this.
+        #[arg(long, default_value = "")]
+        cell: String,
+        /// Repetitions, instead of the scenario's.
+        #[arg(long)]
+        repetitions: Option<u32>,
+        /// Seconds until a run is given up, instead of the scenario's.
+        #[arg(long)]
+        give_up: Option<f64>,
+        /// File of the results [default: bench/NAME.jsonl in cargo's target directory].
+        #[arg(long)]
+        out: Option<PathBuf>,
+        /// Remove former results of this file first.
+        #[arg(long)]
+        fresh: bool,
+    },
+    /// Make tables and plots of results.
+    Report {
+        /// Results of `bench run`.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Directory of the tables and plots; made if it is missing.
+        #[arg(long)]
+        out: PathBuf,
+        /// The command that made the results, for the reader.
+        #[arg(long, default_value = "bench run")]
+        made_by: String,
+    },
+    /// List engines and scenarios, or the cells of a scenario.
+    List {
+        /// A scenario's name or file.
+        scenario: Option<String>,
+    },
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::Run {
+            scenario,
+            engine,
+            cell,
+            repetitions,
+            give_up,
+            out,
+            fresh,
+        } => {
+            let mut scenario = Scenario::find(&scenario)?;
+            if !engine.is_empty() {
+                for name in &engine {
+                    engine::by_name(name)?;
+                }
+                scenario.engines = engine;
+            }
+            scenario.repetitions = repetitions.unwrap_or(scenario.repetitions);
+            scenario.times.give_up_s = give_up.unwrap_or(scenario.times.give_up_s);
+            let out = match out {
+                Some(out) => out,
+                None => default_out(&scenario.name)?,
+            };
+            if fresh && out.exists() {
+                std::fs::remove_file(&out)
+                    .with_context(|| format!("cannot remove {}", out.display()))?;
+            }
+            series::run_all(&scenario, &cell, &out, &Interrupt::catch()?)?;
+            eprintln!("results are in {}", out.display());
+        }
+        Command::Report {
+            files,
+            out,
+            made_by,
+        } => {
+            let mut records = Vec::new();
+            for file in &files {
+                records.extend(Record::read_all(file)?);
+            }
+            ensure!(!records.is_empty(), "there are no results in these files");
+            let written = report::write(&records, &out, &made_by)?;
+            eprintln!("wrote {written} files to {}", out.display());
+        }
+        Command::List { scenario: None } => {
+            println!("Engines:");
+            for engine in engine::all() {
+                println!("  {}", series::describe(engine.as_ref()));
+            }
+            println!("Scenarios:");
+            for (name, text) in EMBEDDED {
+                let scenario = Scenario::parse(text)?;
+                println!(
+                    "  {name:34} {} cells × {} engines × {}",
+                    scenario.cells()?.len(),
+                    scenario.engines.len(),
+                    scenario.repetitions
+                );
+            }
+        }
+        Command::List {
+            scenario: Some(name),
+        } => {
+            for cell in Scenario::find(&name)?.cells()? {
+                println!("{cell}   ({}, dirties {} MB/s)", cell.link, cell.dirty_mb_s);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn default_out(name: &str) -> Result<PathBuf> {
+    let profile = profile_dir()?;
+    let directory = profile
+        .parent()
+        .context("a profile is within a target")?
+        .join("bench");
+    std::fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot make {}", directory.display()))?;
+    Ok(directory.join(format!("{name}.jsonl")))
+}

@@ -1,0 +1,295 @@
+//! What is to be run: links × guests × engines × repetitions, read from a TOML file. Only description: the
+//! files of `scenarios/` show every key.
+
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hybridmig_netem::LinkSpec;
+use serde::{Deserialize, Serialize};
+
+use crate::engine;
+use crate::link::LinkFacts;
+
+/// Scenarios that this program brings along, by name.
+pub const EMBEDDED: &[(&str, &str)] = &[
+    ("smoke", include_str!("../scenarios/smoke.toml")),
+    ("bench", include_str!("../scenarios/bench.toml")),
+    ("full", include_str!("../scenarios/full.toml")),
+];
+
+/// A scenario.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// Its name, which its results carry.
+    pub name: String,
+    /// How often every cell is run with every engine.
+    pub repetitions: u32,
+    /// Seed of the first repetition's link and guest; each further one has the next.
+    pub seed: u64,
+    /// How often a run is repeated that the emulator declares invalid.
+    #[serde(default = "two")]
+    pub invalid_retries: u32,
+    /// Names of engines (`bench list`).
+    pub engines: Vec<String>,
+    /// Links in the words of `hybridmig-netem`.
+    #[serde(default)]
+    pub links: Vec<String>,
+    /// More links, as a grid.
+    pub grid: Option<Grid>,
+    /// Guests.
+    pub guests: Vec<Guest>,
+    /// Times in seconds.
+    pub times: Times,
+}
+
+fn two() -> u32 {
+    2
+}
+
+/// Links of every combination.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Grid {
+    /// Round-trip times in ms; half of each is the delay of one direction.
+    pub rtt_ms: Vec<f64>,
+    /// Losses in per cent, in each direction.
+    pub loss_percent: Vec<f64>,
+    /// Rates in Mbit/s.
+    pub rate_mbit: Vec<u64>,
+    /// Depth of the bottleneck's queue in ms.
+    pub queue_ms: u64,
+}
+
+impl Grid {
+    fn links(&self) -> Vec<String> {
+        let mut links = Vec::new();
+        for rate in &self.rate_mbit {
+            for rtt in &self.rtt_ms {
+                for loss in &self.loss_percent {
+                    let (delay, queue) = (rtt / 2.0, self.queue_ms);
+                    links.push(format!(
+                        "delay {delay}ms rate {rate}mbit loss {loss}% limit {queue}ms"
+                    ));
+                }
+            }
+        }
+        links
+    }
+}
+
+/// A guest, and what it does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Guest {
+    /// What tables call it.
+    pub name: String,
+    /// RAM in MiB.
+    pub memory_mib: u64,
+    /// MiB of it that the memory checker fills and checks.
+    pub checked_mib: u64,
+    /// Per cent of each checked page that does not compress.
+    pub random_percent: u32,
+    /// How fast pages are dirtied.
+    pub dirty: Dirty,
+    /// Per cent of the checked pages that get nine of ten writes; 100 is uniform.
+    #[serde(default = "uniform")]
+    pub hot_percent: u32,
+    /// How fast pages are read and verified in turn, in MB/s: what an idle guest's speed is taken from.
+    pub sweep_mb_s: f64,
+    /// Time between two ticks in ms: what a gap is measured with.
+    pub tick_ms: u64,
+}
+
+fn uniform() -> u32 {
+    100
+}
+
+/// How fast a guest dirties its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dirty {
+    /// Not at all.
+    Idle,
+    /// So many times what the link carries.
+    OfLink(f64),
+    /// So many MB/s (10⁶ bytes).
+    MbPerS(f64),
+}
+
+impl Dirty {
+    /// In MB/s, on a link of that many bits a second.
+    pub fn mb_per_s(self, link_rate: Option<u64>) -> Result<f64> {
+        match self {
+            Self::Idle => Ok(0.0),
+            Self::MbPerS(rate) => Ok(rate),
+            Self::OfLink(times) => {
+                let rate = link_rate.context("'of_link' needs a link with a rate")?;
+                Ok(times * rate as f64 / 8e6)
+            }
+        }
+    }
+}
+
+impl fmt::Display for Dirty {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Idle => f.write_str("idle"),
+            Self::OfLink(times) => write!(f, "{times} × the link's rate"),
+            Self::MbPerS(rate) => write!(f, "{rate} MB/s"),
+        }
+    }
+}
+
+/// Times in seconds.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Times {
+    /// How long the guest is watched before the migration starts.
+    pub before_s: f64,
+    /// A migration that has not ended after so long is not waited for any longer.
+    pub give_up_s: f64,
+    /// How long the guest is watched after the end.
+    pub after_s: f64,
+}
+
+impl Times {
+    /// See [`Self::give_up_s`].
+    pub fn give_up(&self) -> Duration {
+        Duration::from_secs_f64(self.give_up_s)
+    }
+}
+
+/// A link and a guest.
+#[derive(Clone, Debug)]
+pub struct Cell {
+    /// The link.
+    pub link: LinkSpec,
+    /// The guest.
+    pub guest: Guest,
+    /// How fast it dirties its memory, in MB/s.
+    pub dirty_mb_s: f64,
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} | {}", LinkFacts::of(&self.link), self.guest.name)
+    }
+}
+
+impl Scenario {
+    /// Reads one. What it names must exist.
+    pub fn parse(text: &str) -> Result<Self> {
+        let scenario: Self = toml::from_str(text).context("this is not a scenario")?;
+        for name in &scenario.engines {
+            engine::by_name(name)?;
+        }
+        scenario.cells()?;
+        ensure!(scenario.repetitions > 0, "no repetitions");
+        let Times {
+            before_s,
+            give_up_s,
+            after_s,
+        } = scenario.times;
+        for (what, seconds, least) in [
+            ("before_s", before_s, 1.0),
+            ("give_up_s", give_up_s, 1.0),
+            ("after_s", after_s, 1.5),
+        ] {
+            ensure!(
+                (least..=86_400.0).contains(&seconds),
+                "{what} = {seconds} must be {least} to 86400"
+            );
+        }
+        for guest in &scenario.guests {
+            ensure!(
+                guest.sweep_mb_s > 0.0 && guest.tick_ms > 0 && guest.checked_mib > 0,
+                "guest '{}': without sweep, ticks or pages nothing can be measured",
+                guest.name
+            );
+        }
+        Ok(scenario)
+    }
+
+    /// Reads the scenario of that name, or of that file.
+    pub fn find(name: &str) -> Result<Self> {
+        if let Some((_, text)) = EMBEDDED.iter().find(|(embedded, _)| *embedded == name) {
+            return Self::parse(text);
+        }
+        let text = std::fs::read_to_string(name)
+            .with_context(|| format!("'{name}' is no scenario of this program, and no file"))?;
+        Self::parse(&text).with_context(|| name.to_owned())
+    }
+
+    /// Every link with every guest.
+    pub fn cells(&self) -> Result<Vec<Cell>> {
+        let mut links = self.links.clone();
+        links.extend(self.grid.iter().flat_map(Grid::links));
+        ensure!(!links.is_empty(), "no links");
+        ensure!(!self.guests.is_empty(), "no guests");
+        let mut cells = Vec::new();
+        for text in &links {
+            let link: LinkSpec = text.parse().with_context(|| format!("link '{text}'"))?;
+            for guest in &self.guests {
+                let rate = LinkFacts::of(&link).rate;
+                cells.push(Cell {
+                    link: link.clone(),
+                    guest: guest.clone(),
+                    dirty_mb_s: guest.dirty.mb_per_s(rate)?,
+                });
+            }
+        }
+        Ok(cells)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_brought_along_can_be_read() {
+        let cells = |name| Scenario::find(name).unwrap().cells().unwrap();
+        assert_eq!(cells("bench").len(), 6);
+        assert_eq!(cells("full").len(), 7 * 4 * 3 * 3);
+        let full = Scenario::find("full").unwrap();
+        assert!(full.engines.iter().any(|name| name.ends_with("cubic")));
+        for (name, _) in EMBEDDED {
+            assert_eq!(Scenario::find(name).unwrap().name, *name);
+        }
+    }
+
+    #[test]
+    fn a_grid_has_half_the_round_trip_each_way() {
+        let grid = Grid {
+            rtt_ms: vec![1.0, 50.0],
+            loss_percent: vec![0.0, 0.1],
+            rate_mbit: vec![200],
+            queue_ms: 50,
+        };
+        let links = grid.links();
+        assert_eq!(links[3], "delay 25ms rate 200mbit loss 0.1% limit 50ms");
+        assert_eq!(links[0], "delay 0.5ms rate 200mbit loss 0% limit 50ms");
+        let facts = LinkFacts::of(&links[3].parse().unwrap());
+        assert!((facts.rtt_ms - 50.0).abs() < 1e-9);
+        assert!((facts.loss_percent - 0.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_share_of_the_link_needs_a_rate() {
+        assert!((Dirty::OfLink(2.0).mb_per_s(Some(200_000_000)).unwrap() - 50.0).abs() < 1e-9);
+        assert!(Dirty::OfLink(2.0).mb_per_s(None).is_err());
+        assert!(Dirty::Idle.mb_per_s(None).unwrap().abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_does_not_exist_is_refused() {
+        let smoke = EMBEDDED[0].1;
+        let error = |text: &str| format!("{:#}", Scenario::parse(text).unwrap_err());
+        assert!(error(&smoke.replace("qemu-precopy", "qemu-perhaps")).contains("qemu-perhaps"));
+        assert!(error(&smoke.replace("delay", "dealy")).contains("dealy"));
+        assert!(error(&smoke.replace("sweep_mb_s", "swept")).contains("swept"));
+        assert!(Scenario::find("nowhere").is_err());
+    }
+}
