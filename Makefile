@@ -48,7 +48,23 @@ test-run:
 	cargo nextest run --locked --workspace
 
 .PHONY: bench
-bench: setup-build ## run the benchmarks as root: 2 minutes on an idle machine, after a release build
+bench: setup bench-build ## move guests with hybridmig and QEMU over long links, as root: 20 minutes
+	$(TARGET_DIR)/release/bench run bench --fresh
+	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/bench.jsonl \
+		--made-by 'make bench' --out docs/bench/migrations
+
+.PHONY: bench-full
+bench-full: setup bench-build ## the same over a grid of 252 cells, three times: a week
+	$(TARGET_DIR)/release/bench run full
+	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/full.jsonl \
+		--made-by 'make bench-full' --out docs/bench/migrations-full
+
+.PHONY: bench-build
+bench-build: build
+	cargo build --release --locked --package hybridmig-bench --bin bench
+
+.PHONY: bench-micro
+bench-micro: setup-build ## measure what the pieces cost, as root: 2 minutes on an idle machine
 	cargo bench --locked --package hybridmig-bench --benches
 
 .PHONY: deny
