@@ -6,6 +6,7 @@
 
 pub mod congestion;
 pub mod engine;
+pub mod goodput;
 pub mod interrupt;
 pub mod link;
 pub mod machine;

@@ -82,6 +82,12 @@ impl Link {
         self.namespace(side).enter(command);
     }
 
+    /// Runs `job` on a thread of that host. Sockets and threads that it makes stay of that host.
+    pub fn run<T: Send>(&self, side: Side, job: impl FnOnce() -> T + Send) -> Result<T> {
+        let ran = self.namespace(side).run(job);
+        ran.context("a thread cannot enter a host's namespace")
+    }
+
     /// That host's address.
     pub fn address(&self, side: Side) -> Ipv4Addr {
         match side {

@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
+use hybridmig_bench::goodput::{self, Plan, Transport};
 use hybridmig_bench::interrupt::Interrupt;
 use hybridmig_bench::record::Record;
 use hybridmig_bench::scenario::{EMBEDDED, Scenario};
 use hybridmig_bench::{engine, report, series};
+use hybridmig_netem::LinkSpec;
 use hybridmig_tests::profile_dir;
 
 /// Migrations side by side over an emulated link: hybridmig and what people use today.
@@ -54,6 +56,32 @@ enum Command {
         /// The command that made the results, for the reader.
         #[arg(long, default_value = "bench run")]
         made_by: String,
+    },
+    /// Measure what transports make of links, as root: goodput, start-up, page faults beside it.
+    Goodput {
+        /// Links, in the words of `hybridmig netem`; the goals' when none is named.
+        link: Vec<LinkSpec>,
+        /// Only this transport; may be given several times.
+        #[arg(long)]
+        transport: Vec<String>,
+        /// Ask for pages meanwhile.
+        #[arg(long)]
+        faults: bool,
+        /// Length of a run.
+        #[arg(long, default_value_t = 12.0)]
+        seconds: f64,
+        /// Rounds over everything.
+        #[arg(long, default_value_t = 1)]
+        repetitions: u32,
+        /// Seed of the emulator.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// File of the results, appended to.
+        #[arg(long)]
+        out: PathBuf,
+        /// Make a table of all results of that file.
+        #[arg(long)]
+        table: Option<PathBuf>,
     },
     /// List engines and scenarios, or the cells of a scenario.
     List {
@@ -105,6 +133,43 @@ fn main() -> Result<()> {
             ensure!(!records.is_empty(), "there are no results in these files");
             let written = report::write(&records, &out, &made_by)?;
             eprintln!("wrote {written} files to {}", out.display());
+        }
+        Command::Goodput {
+            link,
+            transport,
+            faults,
+            seconds,
+            repetitions,
+            seed,
+            out,
+            table,
+        } => {
+            let links = if link.is_empty() {
+                goodput::default_links()?
+            } else {
+                link
+            };
+            let transports = if transport.is_empty() {
+                Transport::ALL.map(|(_, transport)| transport).to_vec()
+            } else {
+                let named = transport.iter().map(|name| Transport::by_name(name));
+                named.collect::<Result<_>>()?
+            };
+            let plan = Plan {
+                links,
+                transports,
+                faults,
+                seconds,
+                repetitions,
+                seed,
+                retries: 2,
+            };
+            goodput::run_all(&plan, &out, &Interrupt::catch()?)?;
+            if let Some(table) = table {
+                let text = goodput::markdown(&goodput::read(&out)?, "bench goodput");
+                std::fs::write(&table, text)
+                    .with_context(|| format!("cannot write {}", table.display()))?;
+            }
         }
         Command::List { scenario: None } => {
             println!("Engines:");
