@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use hybridmig_netem::namespace::Namespace;
@@ -61,13 +62,17 @@ pub enum Side {
 /// the last process in them.
 pub struct Link {
     tun: TunHandle,
+    rtt: Duration,
 }
 
 impl Link {
     /// Sets up both hosts' namespaces and the link between them.
     pub fn start(spec: &LinkSpec, seed: u64) -> Result<Self> {
         let tun = TunLink::start(TunConfig::new(spec.clone(), seed))?;
-        Ok(Self { tun })
+        Ok(Self {
+            tun,
+            rtt: spec.rtt(),
+        })
     }
 
     fn namespace(&self, side: Side) -> &Namespace {
@@ -132,7 +137,7 @@ impl Link {
         Traffic {
             forward: Direction::from(&stats.forward),
             back: Direction::from(&stats.back),
-            invalid: stats.invalid(),
+            invalid: stats.invalid(self.rtt),
         }
     }
 }

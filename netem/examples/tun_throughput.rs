@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let link = arguments.next().unwrap_or_default();
     let seconds = arguments.next().map_or(Ok(3), |seconds| seconds.parse())?;
     let mut config = TunConfig::new(link.parse()?, 1);
+    let rtt = config.link.rtt();
     config.offload = arguments.next().as_deref() != Some("plain");
     let link = TunLink::start(config)?;
     for end in [link.near(), link.far()] {
@@ -48,7 +49,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let late = stats.forward.lateness_mean();
     println!(
         "late by {late:?} on average; invalid: {:?}",
-        stats.invalid()
+        stats.invalid(rtt)
     );
     Ok(())
 }

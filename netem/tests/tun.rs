@@ -351,7 +351,7 @@ fn interface_that_is_down_is_no_end_of_the_link() {
     assert!(command.status().unwrap().success());
     near.send(b"hello").unwrap();
     assert_eq!(far.recv(&mut [0; 16]).unwrap(), 5);
-    assert!(link.stop().invalid().is_some());
+    assert!(link.stop().invalid(Duration::ZERO).is_some());
 }
 
 #[test]
@@ -361,7 +361,9 @@ fn link_whose_device_is_deleted_is_no_valid_measurement() {
     command.args(["link", "delete", hybridmig_netem::tun::DEVICE]);
     link.near().enter(&mut command);
     assert!(command.status().expect("iproute2 is needed").success());
-    wait_until("that is noticed", || link.stats().invalid().is_some());
+    wait_until("that is noticed", || {
+        link.stats().invalid(Duration::ZERO).is_some()
+    });
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) use stats::Counters;
 pub use stats::{
-    DirectionStats, LATE, LATE_SHARE, LATENESS_BUCKETS, LATEST, LinkStats, lateness_bound,
+    DirectionStats, LATE, LATE_SHARE, LATENESS_BUCKETS, LATEST, LinkStats, late, lateness_bound,
 };
 pub(crate) use steering::{Schedule, Steering};
 

@@ -15,8 +15,16 @@ pub fn lateness_bound(index: usize) -> Duration {
     Duration::from_micros(64 << index)
 }
 
-/// A packet that is delivered this much later than due is late (a bound of the histogram).
+/// A packet that is delivered this much later than due is late on a short link; see [`late`].
 pub const LATE: Duration = Duration::from_micros(1024);
+
+/// From when on a packet is late on a link with this round-trip time: the largest bound of the histogram
+/// that is not more than 2 % of it, at least [`LATE`].
+pub fn late(rtt: Duration) -> Duration {
+    let bounds = (0..LATENESS_BUCKETS - 1).map(lateness_bound);
+    let tolerated = bounds.take_while(|bound| *bound <= rtt / 50).last();
+    tolerated.unwrap_or(LATE).max(LATE)
+}
 
 /// The share of late packets that a valid measurement may have.
 pub const LATE_SHARE: f64 = 0.01;
@@ -37,10 +45,14 @@ pub struct LinkStats {
 }
 
 impl LinkStats {
-    /// Why a measurement over this link is one of the emulator instead, if it is.
-    pub fn invalid(&self) -> Option<String> {
-        let forward = self.forward.invalid().map(|why| format!("forward: {why}"));
-        forward.or_else(|| self.back.invalid().map(|why| format!("back: {why}")))
+    /// Why a measurement over this link, whose round-trip time is `rtt`, is one of the emulator
+    /// instead, if it is.
+    pub fn invalid(&self, rtt: Duration) -> Option<String> {
+        let judge = |name: &str, direction: &DirectionStats| {
+            let why = direction.invalid(rtt)?;
+            Some(format!("{name}: {why}"))
+        };
+        judge("forward", &self.forward).or_else(|| judge("back", &self.back))
     }
 }
 
@@ -88,16 +100,18 @@ impl DirectionStats {
         Duration::from_nanos((self.lateness_total.as_nanos() / u128::from(packets)) as u64)
     }
 
-    /// Share of the delivered packets that were later than [`LATE`].
-    pub fn late_share(&self) -> f64 {
-        let in_time = (0..LATENESS_BUCKETS).take_while(|index| lateness_bound(*index) <= LATE);
+    /// Share of the delivered packets that were [`late`] on a link with this round-trip time.
+    pub fn late_share(&self, rtt: Duration) -> f64 {
+        let late = late(rtt);
+        let in_time = (0..LATENESS_BUCKETS).take_while(|index| lateness_bound(*index) <= late);
         let in_time: u64 = in_time.map(|index| self.lateness[index]).sum();
         let late = self.lateness.iter().sum::<u64>() - in_time;
         late as f64 / self.delivered_packets.max(1) as f64
     }
 
-    /// Why a measurement over this direction is one of the emulator instead, if it is.
-    pub fn invalid(&self) -> Option<String> {
+    /// Why a measurement over this direction is one of the emulator instead, if it is; `rtt` is the
+    /// link's round-trip time.
+    pub fn invalid(&self, rtt: Duration) -> Option<String> {
         let failed = self.dropped_relay as f64 / self.packets.max(1) as f64;
         if failed > FAILED_SHARE {
             return Some(format!(
@@ -111,11 +125,12 @@ impl DirectionStats {
                 self.lateness_max
             ));
         }
-        let late = self.late_share();
+        let late = self.late_share(rtt);
         (late > LATE_SHARE).then(|| {
             format!(
-                "{:.1} % of the packets were more than {LATE:?} late, more than {:.0} %",
+                "{:.1} % of the packets were more than {:?} late, more than {:.0} %",
                 late * 100.0,
+                self::late(rtt),
                 LATE_SHARE * 100.0
             )
         })
@@ -195,6 +210,21 @@ impl Counters {
 mod tests {
     use super::*;
 
+    const SHORT: Duration = Duration::from_millis(20);
+
+    #[test]
+    fn a_long_link_bears_more() {
+        let late = |millis| late(Duration::from_millis(millis)).as_micros();
+        assert_eq!(
+            [late(0), late(50), late(100), late(150)],
+            [1024, 1024, 1024, 2048]
+        );
+        assert_eq!(
+            [late(205), late(300), late(100_000)],
+            [4096, 4096, 1_048_576]
+        );
+    }
+
     fn seen(lateness: &[(u64, u64)]) -> DirectionStats {
         let counters = Counters::default();
         for (packets, micros) in lateness {
@@ -228,19 +258,22 @@ mod tests {
 
     #[test]
     fn a_late_emulator_makes_a_measurement_invalid() {
-        assert_eq!(seen(&[(1000, 50), (9, 2000)]).invalid(), None);
-        let late = seen(&[(1000, 50), (20, 2000)]).invalid().unwrap();
+        assert_eq!(seen(&[(1000, 50), (9, 2000)]).invalid(SHORT), None);
+        let late = seen(&[(1000, 50), (20, 2000)]);
+        // 2 ms are nothing on a link of 200.
+        assert_eq!(late.invalid(Duration::from_millis(200)), None);
+        let late = late.invalid(SHORT).unwrap();
         assert!(late.contains("2.0 %"), "{late}");
-        let stalled = seen(&[(100_000, 50), (1, 50_000)]).invalid().unwrap();
+        let stalled = seen(&[(100_000, 50), (1, 50_000)]).invalid(SHORT).unwrap();
         assert!(stalled.contains("50ms late"), "{stalled}");
         let mut failed = seen(&[(1000, 50)]);
         failed.dropped_relay = 1;
-        assert!(failed.invalid().unwrap().contains("failed to carry 1"));
-        assert_eq!(DirectionStats::default().invalid(), None);
+        assert!(failed.invalid(SHORT).unwrap().contains("failed to carry 1"));
+        assert_eq!(DirectionStats::default().invalid(SHORT), None);
         let stats = LinkStats {
             forward: DirectionStats::default(),
             back: failed,
         };
-        assert!(stats.invalid().unwrap().starts_with("back: "));
+        assert!(stats.invalid(SHORT).unwrap().starts_with("back: "));
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use hybridmig_netem::check::{Ends, Finding, Verdict, check, tcp_throughput};
+use hybridmig_netem::runner::late;
 use hybridmig_netem::{LinkSpec, LinkStats, Relay, RelayConfig};
 use serde_json::json;
 
@@ -41,16 +42,16 @@ pub fn run(args: &NetemCheckArgs) -> anyhow::Result<ExitCode> {
     let mut checked = Vec::new();
     for link in &links {
         show_head(args, &link.to_string());
-        let (findings, stats) = until_valid(|| one(args, link))?;
-        show(args, &findings, stats.as_ref());
+        let (findings, stats) = until_valid(link.rtt(), || one(args, link))?;
+        show(args, &findings, stats.as_ref(), link.rtt());
         checked.push((link.to_string(), findings, stats));
     }
     if standard && args.runner != RunnerArg::Relay {
         let link = LinkSpec::default();
         show_head(args, "no delay, no limit");
-        let (findings, stats) = until_valid(|| tcp(args, &link))?;
+        let (findings, stats) = until_valid(link.rtt(), || tcp(args, &link))?;
         // Without a delay every packet is due at once: lateness says nothing here.
-        show(args, &findings, None);
+        show(args, &findings, None, link.rtt());
         checked.push((link.to_string(), findings, stats));
     }
     let passed = checked.iter().flat_map(|(_, findings, _)| findings);
@@ -81,11 +82,14 @@ pub fn run(args: &NetemCheckArgs) -> anyhow::Result<ExitCode> {
 type Checked = (Vec<Finding>, Option<LinkStats>);
 
 /// Checks again as long as the emulator, not the link, was measured.
-fn until_valid(check: impl Fn() -> anyhow::Result<Checked>) -> anyhow::Result<Checked> {
+fn until_valid(
+    rtt: Duration,
+    check: impl Fn() -> anyhow::Result<Checked>,
+) -> anyhow::Result<Checked> {
     let mut attempt = 1;
     loop {
         let (mut findings, stats) = check()?;
-        let late = stats.as_ref().and_then(LinkStats::invalid);
+        let late = stats.as_ref().and_then(|stats| stats.invalid(rtt));
         if let Some(why) = &late {
             for finding in &mut findings {
                 finding.verdict = Verdict::Invalid;
@@ -150,7 +154,7 @@ fn show_head(args: &NetemCheckArgs, link: &str) {
     }
 }
 
-fn show(args: &NetemCheckArgs, findings: &[Finding], stats: Option<&LinkStats>) {
+fn show(args: &NetemCheckArgs, findings: &[Finding], stats: Option<&LinkStats>, rtt: Duration) {
     if args.json {
         return;
     }
@@ -173,10 +177,11 @@ fn show(args: &NetemCheckArgs, findings: &[Finding], stats: Option<&LinkStats>) 
     if let Some(stats) = stats {
         let direction = &stats.forward;
         println!(
-            "          emulator late by {} on average, {} at most; {:.2} % of the packets by more than 1 ms",
+            "          emulator late by {} on average, {} at most; {:.2} % of the packets by more than {}",
             show_time(direction.lateness_mean()),
             show_time(direction.lateness_max),
-            direction.late_share() * 100.0,
+            direction.late_share(rtt) * 100.0,
+            show_time(late(rtt)),
         );
     }
 }

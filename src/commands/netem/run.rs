@@ -75,11 +75,11 @@ pub fn run(args: NetemRunArgs) -> anyhow::Result<ExitCode> {
         (None, None) => 1,
     };
     if let Some(stats) = link.stats() {
-        show(&stats);
+        show(&stats, args.link.rtt());
         if let Some(path) = &args.json {
             write(&stats, path)?;
         }
-        if args.strict && code == 0 && stats.invalid().is_some() {
+        if args.strict && code == 0 && stats.invalid(args.link.rtt()).is_some() {
             code = 1;
         }
     }
@@ -199,7 +199,7 @@ async fn end(far: &mut Child) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn show(stats: &LinkStats) {
+fn show(stats: &LinkStats, rtt: Duration) {
     for (name, way) in [("near → far", &stats.forward), ("far → near", &stats.back)] {
         eprintln!(
             "{name}: {} packets, {}; lost at random {}, in the queue {}, while down {}, in the \
@@ -214,7 +214,7 @@ fn show(stats: &LinkStats) {
             show_time(way.lateness_max),
         );
     }
-    if let Some(why) = stats.invalid() {
+    if let Some(why) = stats.invalid(rtt) {
         eprintln!("this run is not valid as a measurement: {why}");
     }
 }
