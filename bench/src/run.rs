@@ -186,9 +186,10 @@ fn settle(order: &Order<'_>, source: &Vm) -> Result<()> {
     let deadline = Instant::now() + BOOT;
     while source.console().ticks().len() < SETTLED {
         order.interrupt.check()?;
+        let died = source.console().died();
         ensure!(
-            Instant::now() < deadline,
-            "the guest does not tick after {BOOT:?}; its console ends with:\n{}",
+            died.is_none() && Instant::now() < deadline,
+            "the guest does not boot within {BOOT:?}, or died ({died:?}); its console ends with:\n{}",
             source.console().transcript().tail(20)
         );
         std::thread::sleep(POLL);
