@@ -15,7 +15,8 @@ mod judge;
 mod pool;
 mod sys;
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -140,6 +141,7 @@ impl TunLink {
         let mut handle = TunHandle {
             shared,
             threads: Vec::new(),
+            _awake: keep_awake(),
         };
         // An error on the way drops the handle, which ends a thread that has started.
         let LinkSpec { forward, back, .. } = &config.link;
@@ -161,6 +163,8 @@ impl TunLink {
 pub struct TunHandle {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// See [`keep_awake`].
+    _awake: Option<File>,
 }
 
 impl TunHandle {
@@ -232,6 +236,24 @@ impl Drop for TunHandle {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Asks the kernel that no core sleeps while the file is open (PM quality of service, as cyclictest does it):
+/// a core that has to be woken, or a virtual one that its host has to bring back first, delivers packets
+/// a millisecond late and more. Without the right to ask, the link runs all the same.
+fn keep_awake() -> Option<File> {
+    const REQUESTS: &str = "/dev/cpu_dma_latency";
+    let ask = || -> io::Result<File> {
+        let mut file = File::options().write(true).open(REQUESTS)?;
+        // The latency that is tolerated, in µs.
+        file.write_all(&0i32.to_ne_bytes())?;
+        Ok(file)
+    };
+    let asked = ask();
+    if let Err(error) = &asked {
+        tracing::debug!(%error, "cores may sleep beside the emulated link: {REQUESTS} cannot be used");
+    }
+    asked.ok()
 }
 
 /// What the two threads and the handle share.
