@@ -244,3 +244,21 @@ pub fn grow_buffers(socket: &UdpSocket, bytes: usize) -> io::Result<()> {
     }
     Ok(())
 }
+
+/// Lets the kernel cut what is sent into datagrams of `segment` bytes, and hand those of one sender over
+/// together: one system call for many. Whether it can; if not, nothing has changed.
+pub fn segment(sender: &UdpSocket, receiver: &UdpSocket, segment: usize) -> bool {
+    let set = |socket: &UdpSocket, option: libc::c_int, value: libc::c_int| {
+        // SAFETY: a live c_int with its size.
+        unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_UDP,
+                option,
+                ptr::from_ref(&value).cast(),
+                mem::size_of_val(&value) as libc::socklen_t,
+            ) == 0
+        }
+    };
+    set(receiver, libc::UDP_GRO, 1) && set(sender, libc::UDP_SEGMENT, segment as libc::c_int)
+}

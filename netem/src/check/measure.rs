@@ -14,6 +14,9 @@ use crate::sys::{self, BATCH, Batch};
 /// Time between two pings: an idle link, but not an idle emulator.
 const PING_INTERVAL: Duration = Duration::from_millis(5);
 
+/// Packets handed to the kernel as one, where it can cut them.
+const SEGMENTS: usize = 40;
+
 /// The finest pause of a paced sender.
 const PAUSE: Duration = Duration::from_micros(500);
 
@@ -132,6 +135,7 @@ pub fn throughput(
 ) -> io::Result<Throughput> {
     sys::grow_buffers(&ends.far, 8 << 20)?;
     sys::grow_buffers(&ends.near, 8 << 20)?;
+    let segmented = sys::segment(&ends.near, &ends.far, payload);
     let bits = (payload + UDP_OVERHEAD) as f64 * 8.0;
     thread::scope(|scope| {
         let receiver = scope.spawn(move || -> io::Result<(u64, f64)> {
@@ -140,7 +144,9 @@ pub fn throughput(
             let mut last = Instant::now();
             let mut packets = 0;
             while wait(&ends.far, patience)? {
-                let received = batch.receive(&ends.far)? as u64;
+                batch.receive(&ends.far)?;
+                let bytes: usize = batch.datagrams().map(|(bytes, _)| bytes.len()).sum();
+                let received = (bytes / payload) as u64;
                 last = Instant::now();
                 // The packets of the first receive came at no known time: they start the clock.
                 if first.is_none() {
@@ -152,20 +158,22 @@ pub fn throughput(
             let seconds = first.map_or(0.0, |first| (last - first).as_secs_f64());
             Ok((packets, seconds))
         });
-        let contents = vec![0; payload];
+        let together = if segmented { SEGMENTS } else { 1 };
+        let contents = vec![0; payload * together];
         let datagrams = [(contents.as_slice(), None); BATCH];
         let start = Instant::now();
         let mut sent = 0u64;
         while start.elapsed() < time {
             let due = (start.elapsed().as_secs_f64() * offered / bits) as u64;
-            if sent >= due {
+            let count = due.saturating_sub(sent) as usize / together;
+            if count == 0 {
                 thread::sleep(PAUSE);
                 continue;
             }
-            let count = (due - sent).min(BATCH as u64) as usize;
+            let count = count.min(BATCH);
             // A full buffer is the sender's own limit, which the offered rate will show.
             match sys::send_batch(&ends.near, &datagrams[..count]) {
-                Ok(count) => sent += count as u64,
+                Ok(count) => sent += (count * together) as u64,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(PAUSE),
                 Err(error) => return Err(error),
             }

@@ -27,6 +27,12 @@ const MARGIN_STEPS: (Duration, Duration) = (Duration::from_nanos(1500), Duration
 /// The most that the thread wakes up before it has to: it may be busy for so long each time.
 const MARGIN_MAX: Duration = Duration::from_micros(100);
 
+/// How long the thread may be awake for packets that are nearly due, and how long it rests then. Where packets
+/// are due more often than a margin apart it would never sleep: the kernel takes a real-time
+/// thread off its core for 50 ms when it has used 95 % of a second (`sched_rt_runtime_us`).
+const AWAKE_MAX: Duration = Duration::from_millis(1);
+const REST: Duration = Duration::from_micros(80);
+
 /// Turns of the loop that take longer than this count as lateness.
 const LONG_TURN: Duration = Duration::from_millis(1);
 
@@ -97,6 +103,7 @@ impl<'a> Direction<'a> {
         }
         let mut polls = [sys::readable(self.source), sys::readable(&self.side.wake)];
         let mut turn = self.shared.now();
+        let mut awake_since = turn;
         while !self.shared.stopping.load(Ordering::Relaxed) {
             self.follow_schedule();
             self.deliver();
@@ -113,17 +120,20 @@ impl<'a> Direction<'a> {
             let next = self.in_flight.next_due().into_iter();
             let next = next.chain(self.schedule.next_change()).min();
             let next = next.map_or(now + HEARTBEAT, |next| next.min(now + HEARTBEAT));
-            let until = next.saturating_sub(self.margin.0);
-            let sleep = until.saturating_sub(now);
-            if sleep.is_zero() {
-                // Nearly due: looking at the source once more takes as long as any other wait.
-                continue;
+            let mut until = next.saturating_sub(self.margin.0);
+            if until <= now {
+                if now.saturating_sub(awake_since) <= AWAKE_MAX {
+                    // Nearly due: looking at the source once more takes as long as any other wait.
+                    continue;
+                }
+                until = now + REST;
             }
-            sys::wait(&mut polls, Some(sleep))?;
+            sys::wait(&mut polls, Some(until.saturating_sub(now)))?;
             if polls[1].revents != 0 {
                 self.side.wake.clear();
             }
             turn = self.shared.now();
+            awake_since = turn;
             if polls.iter().all(|poll| poll.revents == 0) {
                 self.margin.learn(turn.saturating_sub(until));
             }
