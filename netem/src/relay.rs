@@ -8,6 +8,7 @@
 mod direction;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 use socket2::SockAddr;
 
 use crate::model::Link;
-use crate::runner::{Counters, LinkStats, Steering, lock, seed_of};
+use crate::runner::{Counters, LinkStats, Steering, keep_awake, lock, seed_of};
 use crate::spec::LinkSpec;
 use crate::sys::{self, Wake};
 
@@ -94,6 +95,7 @@ impl Relay {
             local,
             shared,
             threads: Vec::new(),
+            _awake: keep_awake(),
         };
         // An error on the way drops the handle, which ends a thread that has started.
         let forward = direction::forward as fn(&Shared, Link<_>);
@@ -124,6 +126,8 @@ pub struct RelayHandle {
     local: SocketAddr,
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// No core sleeps while it is open.
+    _awake: Option<File>,
 }
 
 impl RelayHandle {

@@ -139,6 +139,11 @@ pub struct NetemEnterArgs {
     #[arg(value_enum)]
     pub end: EndArg,
     /// The command [default: a shell].
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "CMD", value_hint = ValueHint::CommandWithArguments)]
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "CMD",
+        value_hint = ValueHint::CommandWithArguments
+    )]
     pub command: Vec<OsString>,
 }

@@ -16,7 +16,7 @@ use hybridmig_transport::message::Mode;
 use tokio::sync::watch;
 
 use super::send::{new_session, open};
-use super::{cancel_on_signals, exit, identity_and_trust, resolve_host, runtime};
+use super::{ONCE_MORE, cancel_on_signals, exit, identity_and_trust, resolve_host, runtime};
 use crate::cli::CheckArgs;
 
 /// Checks this side, and the other where one is named.
@@ -84,7 +84,7 @@ fn remote(args: &CheckArgs, to: &str) -> anyhow::Result<Vec<Finding>> {
         ..SourceConfig::new(new_session()?, Mode::Hybrid)
     };
     let outcome = runtime()?.block_on(async {
-        let cancel = cancel_on_signals()?;
+        let cancel = cancel_on_signals(ONCE_MORE)?;
         let target = resolve_host(to).await?;
         let endpoint = Arc::new(Endpoint::client(
             &identity,

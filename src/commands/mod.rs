@@ -168,8 +168,8 @@ pub async fn resolve_host(target: &str) -> anyhow::Result<SocketAddr> {
         .ok_or_else(|| anyhow!("'{target}' has no address"))
 }
 
-/// A receiver that changes to a reason with every SIGINT, SIGTERM or SIGHUP.
-pub fn cancel_on_signals() -> anyhow::Result<watch::Receiver<Option<String>>> {
+/// A receiver that changes to a reason with every SIGINT, SIGTERM or SIGHUP. `more` is said behind the reason.
+pub fn cancel_on_signals(more: &'static str) -> anyhow::Result<watch::Receiver<Option<String>>> {
     let (sender, receiver) = watch::channel(None);
     for (kind, name) in [
         (SignalKind::interrupt(), "interrupted by the operator"),
@@ -180,13 +180,16 @@ pub fn cancel_on_signals() -> anyhow::Result<watch::Receiver<Option<String>>> {
         let sender = sender.clone();
         tokio::spawn(async move {
             while signals.recv().await.is_some() {
-                eprintln!("{name}; once more to stop waiting for the other side");
+                eprintln!("{name}{more}");
                 sender.send_replace(Some(name.to_owned()));
             }
         });
     }
     Ok(receiver)
 }
+
+/// For a command that talks to the other side before it ends.
+pub const ONCE_MORE: &str = "; once more to stop waiting for the other side";
 
 /// An async runtime for one command.
 pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

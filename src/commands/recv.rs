@@ -17,8 +17,8 @@ use hybridmig_transport::error::CloseCode;
 use tokio::sync::watch;
 
 use super::{
-    cancel_on_signals, destination_code, identity_and_trust, runtime, state_dir, transport_config,
-    write_report,
+    ONCE_MORE, cancel_on_signals, destination_code, identity_and_trust, runtime, state_dir,
+    transport_config, write_report,
 };
 use crate::cli::{DestinationGuestArgs, RecvArgs};
 use crate::progress::DestinationView;
@@ -41,7 +41,7 @@ pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
         ..DestinationConfig::default()
     };
     let run = runtime()?.block_on(async {
-        let cancel = cancel_on_signals()?;
+        let cancel = cancel_on_signals(ONCE_MORE)?;
         let config_of_link = transport_config(&args.link);
         let endpoint = Arc::new(Endpoint::server(
             args.listen,

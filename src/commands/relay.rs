@@ -28,7 +28,7 @@ pub fn run(args: RelayArgs) -> anyhow::Result<ExitCode> {
         relay.local_addr()
     );
     runtime()?.block_on(async {
-        let mut cancel = cancel_on_signals()?;
+        let mut cancel = cancel_on_signals("")?;
         cancel
             .wait_for(Option::is_some)
             .await

@@ -16,8 +16,8 @@ use hybridmig_transport::message::SessionId;
 use tokio::sync::watch;
 
 use super::{
-    cancel_on_signals, identity_and_trust, resolve_host, runtime, source_code, state_dir,
-    transport_config, write_report,
+    ONCE_MORE, cancel_on_signals, identity_and_trust, resolve_host, runtime, source_code,
+    state_dir, transport_config, write_report,
 };
 use crate::cli::{SendArgs, SourceGuestArgs};
 use crate::progress::SourceView;
@@ -37,7 +37,7 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
         ..SourceConfig::new(new_session()?, args.mode)
     };
     let run = runtime()?.block_on(async {
-        let cancel = cancel_on_signals()?;
+        let cancel = cancel_on_signals(ONCE_MORE)?;
         let target = resolve_host(&args.to).await?;
         let endpoint = Arc::new(Endpoint::client(
             &identity,

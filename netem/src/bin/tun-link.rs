@@ -1,5 +1,6 @@
 //! Joins two network namespaces by an emulated link until its input ends:
-//! `cargo run --package hybridmig-netem --bin tun-link -- "delay 25ms rate 200mbit" [NAME]`. With a NAME, `ip netns exec
+//! `cargo run --package hybridmig-netem --bin tun-link -- "delay 25ms rate 200mbit" [NAME]`.
+//! With a NAME, `ip netns exec
 //! hybridmig-NAME-near CMD` runs something in them; without, `nsenter --net=PATH CMD` does.
 
 use std::io::Read;

@@ -266,7 +266,8 @@ fn what_waits_is_sent_at_the_new_rate() {
 
 #[test]
 fn the_same_seed_gives_the_same_fates() {
-    let text = "delay 20ms 5ms 10% distribution pareto loss gemodel 1% 25% corrupt 1% duplicate 1%                 reorder 5% rate 50mbit slot 1ms 3ms limit 100";
+    let text = "delay 20ms 5ms 10% distribution pareto loss gemodel 1% 25% corrupt 1% \
+                duplicate 1% reorder 5% rate 50mbit slot 1ms 3ms limit 100";
     let run = |seed| {
         let mut link = Link::new(&spec(text), seed);
         let mut seen = Vec::new();

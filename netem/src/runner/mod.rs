@@ -4,6 +4,8 @@
 mod stats;
 mod steering;
 
+use std::fs::File;
+use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) use stats::Counters;
@@ -20,4 +22,22 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Seeds of the two directions of a link with one seed: they draw from different sequences.
 pub(crate) fn seed_of(seed: u64, back: bool) -> u64 {
     seed.wrapping_mul(2).wrapping_add(u64::from(back))
+}
+
+/// Asks the kernel that no core sleeps while the file is open (PM quality of service, as cyclictest does it):
+/// a core that has to be woken, or a virtual one that its host has to bring back first, delivers packets
+/// a millisecond late and more. Without the right to ask, the link runs all the same.
+pub(crate) fn keep_awake() -> Option<File> {
+    const REQUESTS: &str = "/dev/cpu_dma_latency";
+    let ask = || -> io::Result<File> {
+        let mut file = File::options().write(true).open(REQUESTS)?;
+        // The latency that is tolerated, in µs.
+        file.write_all(&0i32.to_ne_bytes())?;
+        Ok(file)
+    };
+    let asked = ask();
+    if let Err(error) = &asked {
+        tracing::debug!(%error, "cores may sleep beside the emulated link: {REQUESTS} cannot be used");
+    }
+    asked.ok()
 }

@@ -16,7 +16,7 @@ mod pool;
 mod sys;
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +28,7 @@ use direction::Direction;
 
 use crate::model::Path;
 use crate::namespace::{Namespace, NamespaceError};
-use crate::runner::{Counters, DirectionStats, LinkStats, Steering, seed_of};
+use crate::runner::{Counters, DirectionStats, LinkStats, Steering, keep_awake, seed_of};
 use crate::spec::LinkSpec;
 use crate::sys::Wake;
 
@@ -163,7 +163,7 @@ impl TunLink {
 pub struct TunHandle {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    /// See [`keep_awake`].
+    /// No core sleeps while it is open.
     _awake: Option<File>,
 }
 
@@ -236,24 +236,6 @@ impl Drop for TunHandle {
     fn drop(&mut self) {
         self.end();
     }
-}
-
-/// Asks the kernel that no core sleeps while the file is open (PM quality of service, as cyclictest does it):
-/// a core that has to be woken, or a virtual one that its host has to bring back first, delivers packets
-/// a millisecond late and more. Without the right to ask, the link runs all the same.
-fn keep_awake() -> Option<File> {
-    const REQUESTS: &str = "/dev/cpu_dma_latency";
-    let ask = || -> io::Result<File> {
-        let mut file = File::options().write(true).open(REQUESTS)?;
-        // The latency that is tolerated, in µs.
-        file.write_all(&0i32.to_ne_bytes())?;
-        Ok(file)
-    };
-    let asked = ask();
-    if let Err(error) = &asked {
-        tracing::debug!(%error, "cores may sleep beside the emulated link: {REQUESTS} cannot be used");
-    }
-    asked.ok()
 }
 
 /// What the two threads and the handle share.
