@@ -310,3 +310,45 @@ fn wastes_less_than_a_fifth_on_a_policer() {
     assert!(share < 0.2, "{share:.3} of what was sent was dropped");
     assert!(used > 0.8, "{used:.3}");
 }
+
+/// Round trips from the first packet until 0.1 s of arrivals were 80 % of the rate.
+fn startup(text: &str, seed: u64) -> f64 {
+    let mut model = Model::new(text, Hints::default(), seed);
+    let rtt = link(text).rtt().as_secs_f64();
+    let step = Duration::from_millis(5);
+    let mut received = vec![0];
+    for tick in 1..=(40.0 * rtt / 0.005) as usize + 40 {
+        model.run_until(step * tick as u32);
+        received.push(model.received.len());
+        if tick >= 20 {
+            let bytes = (received[tick] - received[tick - 20]) as f64 * PACKET as f64;
+            if bytes / 0.1 >= 0.8 * model.rate() {
+                return tick as f64 * 0.005 / rtt;
+            }
+        }
+    }
+    f64::INFINITY
+}
+
+#[test]
+fn starts_within_eight_round_trips() {
+    for rtt in [100, 200, 300] {
+        for rest in [
+            "rate 50mbit limit 50ms",
+            "rate 200mbit limit 50ms",
+            "rate 200mbit loss 1% limit 50ms",
+            "rate 200mbit loss 3% limit 50ms",
+            "rate 200mbit loss gemodel 0.2525% 25% limit 50ms",
+            "rate 200mbit limit 5ms",
+            "rate 200mbit limit 500ms",
+            "rate 1gbit loss 1% limit 50ms",
+        ] {
+            let text = format!("delay {}ms {rest}", rtt / 2);
+            let mut rounds: Vec<f64> = (1..=5).map(|seed| startup(&text, seed)).collect();
+            rounds.sort_by(f64::total_cmp);
+            println!("{text}: {rounds:.1?} round trips");
+            // One whose first packets are lost in a burst takes longer.
+            assert!(rounds[2] <= 8.0 && rounds[4] <= 12.0, "{text}: {rounds:?}");
+        }
+    }
+}
