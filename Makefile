@@ -59,6 +59,13 @@ bench-full: setup bench-build ## the same over a grid of 252 cells, three times:
 	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/full.jsonl \
 		--made-by 'make bench-full' --out docs/bench/migrations-full
 
+.PHONY: bench-transport
+bench-transport: setup bench-build ## measure what transports make of long links, as root: 50 minutes
+	rm -f $(TARGET_DIR)/bench/transport.jsonl
+	$(TARGET_DIR)/release/bench goodput --out $(TARGET_DIR)/bench/transport.jsonl
+	$(TARGET_DIR)/release/bench goodput --faults --out $(TARGET_DIR)/bench/transport.jsonl \
+		--table docs/bench/transport.md
+
 .PHONY: bench-build
 bench-build: build
 	cargo build --release --locked --package hybridmig-bench --bin bench

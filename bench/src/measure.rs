@@ -98,7 +98,8 @@ pub fn one_life(samples: &[Sample]) -> Result<(), TwoLives> {
     Ok(())
 }
 
-/// Measures a run. `samples` are in the order of the guest's life and of time; the migration ended at `end` (or was given up then),
+/// Measures a run. `samples` are in the order of the guest's life and of time; the migration ended at `end` (or was
+/// given up then),
 /// with the guest at the destination if `moved`.
 pub fn measure(samples: &[Sample], end: f64, moved: bool) -> Result<Measured, MeasureError> {
     let before = samples.partition_point(|sample| sample.at <= 0.0);

@@ -8,9 +8,10 @@ use super::{Figures, Run};
 /// One table for each figure: links down, transports across; medians, with (least–most) where there are several runs.
 pub fn markdown(runs: &[Run], made_by: &str) -> String {
     let mut text = format!(
-        "# Transports over the emulated link\n\nMade by `{made_by}`. Goodput is what the receiving application got, \
-         divided by the link's rate in IP packets: at most 0.958 over QUIC and 0.965 over TCP. Figures are medians, with \
-         (least–most) where there are several runs; † marks runs in which the emulator was too late to be sure.\n"
+        "# Transports over the emulated link\n\nMade by `{made_by}`. Goodput is what the \
+         receiving application got, divided by the link's rate in IP packets: at most 0.958 over \
+         QUIC and 0.965 over TCP. Figures are medians, with (least–most) where there are several \
+         runs; † marks runs in which the emulator was too late to be sure.\n"
     );
     let bulk: Vec<&Run> = runs.iter().filter(|run| !run.faults).collect();
     let faulting: Vec<&Run> = runs.iter().filter(|run| run.faults).collect();

@@ -67,7 +67,7 @@ fn facts(text: &mut String, results: &Results<'_>) {
                 )
             }),
         ),
-        ("kernel", of(&|r| r.machine.kernel.clone())),
+        ("kernel", of(&|r| release(&r.machine.kernel))),
         (
             "load average before a run",
             format!("at most {}", number(loads.fold(0.0, f64::max))),
@@ -366,4 +366,9 @@ fn overviews(text: &mut String, plots: &[(String, String)]) {
             let _ = writeln!(text, "![{title}]({name})\n");
         }
     }
+}
+
+/// A kernel's version without the name that its builder gave it.
+fn release(kernel: &str) -> String {
+    kernel.split('-').next().unwrap_or(kernel).to_owned()
 }
