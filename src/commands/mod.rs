@@ -21,6 +21,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use hybridmig_engine::report::Report;
 use hybridmig_engine::session::io::{DestinationOutcome, SourceOutcome};
+use hybridmig_netem::LinkStats;
 use hybridmig_transport::identity::Identity;
 use hybridmig_transport::trust::Trust;
 use hybridmig_transport::{Congestion, TransportConfig};
@@ -29,6 +30,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::cli::{CongestionArg, LinkArgs, OutputArgs, TrustArgs};
+use crate::units::{show_bytes, show_time};
 
 /// Exit codes; `cli::EXIT_CODES` explains them.
 pub mod exit {
@@ -190,6 +192,24 @@ pub fn cancel_on_signals(more: &'static str) -> anyhow::Result<watch::Receiver<O
 
 /// For a command that talks to the other side before it ends.
 pub const ONCE_MORE: &str = "; once more to stop waiting for the other side";
+
+/// Says on standard error what an emulated link has carried; `names` are those of its two directions.
+pub fn show_traffic(names: [&str; 2], stats: &LinkStats) {
+    for (name, way) in names.into_iter().zip([&stats.forward, &stats.back]) {
+        eprintln!(
+            "{name}: {} packets, {}; lost at random {}, in the queue {}, while down {}, in the \
+             emulator {}; late by {} on average, {} at most",
+            way.packets,
+            show_bytes(way.bytes),
+            way.dropped_loss,
+            way.dropped_queue,
+            way.dropped_down,
+            way.dropped_relay,
+            show_time(way.lateness_mean()),
+            show_time(way.lateness_max),
+        );
+    }
+}
 
 /// An async runtime for one command.
 pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

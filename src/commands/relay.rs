@@ -5,9 +5,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use hybridmig_netem::{Relay, RelayConfig};
 
-use super::{cancel_on_signals, runtime};
+use super::{cancel_on_signals, runtime, show_traffic};
 use crate::cli::RelayArgs;
-use crate::units::{show_bytes, show_time};
 
 /// Relays until a signal comes.
 pub fn run(args: RelayArgs) -> anyhow::Result<ExitCode> {
@@ -36,18 +35,6 @@ pub fn run(args: RelayArgs) -> anyhow::Result<ExitCode> {
         Ok::<_, anyhow::Error>(())
     })?;
     let stats = relay.stop();
-    for (name, way) in [("to the target", stats.forward), ("back", stats.back)] {
-        eprintln!(
-            "{name}: {} packets, {}; lost at random {}, in the queue {}, while down {}, in the \
-             relay itself {}; late by {} at the most",
-            way.packets,
-            show_bytes(way.bytes),
-            way.dropped_loss,
-            way.dropped_queue,
-            way.dropped_down,
-            way.dropped_relay,
-            show_time(way.lateness_max),
-        );
-    }
+    show_traffic(["to the target", "back"], &stats);
     Ok(ExitCode::SUCCESS)
 }

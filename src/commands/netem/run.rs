@@ -18,7 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::enter::command;
 use super::{NetemLink, name_ends};
 use crate::cli::NetemRunArgs;
-use crate::units::{show_bytes, show_time};
+use crate::commands::show_traffic;
 
 /// Paths of the two namespaces, in the environment of the command.
 pub const NEAR: &str = "HYBRIDMIG_NETEM_NEAR";
@@ -200,20 +200,7 @@ async fn end(far: &mut Child) -> anyhow::Result<()> {
 }
 
 fn show(stats: &LinkStats, rtt: Duration) {
-    for (name, way) in [("near → far", &stats.forward), ("far → near", &stats.back)] {
-        eprintln!(
-            "{name}: {} packets, {}; lost at random {}, in the queue {}, while down {}, in the \
-             emulator {}; late by {} on average, {} at most",
-            way.packets,
-            show_bytes(way.bytes),
-            way.dropped_loss,
-            way.dropped_queue,
-            way.dropped_down,
-            way.dropped_relay,
-            show_time(way.lateness_mean()),
-            show_time(way.lateness_max),
-        );
-    }
+    show_traffic(["near → far", "far → near"], stats);
     if let Some(why) = stats.invalid(rtt) {
         eprintln!("this run is not valid as a measurement: {why}");
     }
