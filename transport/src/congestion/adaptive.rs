@@ -30,18 +30,8 @@ const GAIN_STEP: f64 = 1.04;
 const EMPTY: f64 = 0.02;
 /// … unless more than this is lost, as where a policer drops what a queue would hold.
 const EMPTY_LOSS: f64 = 0.05;
-/// Growth per round while the rate is unknown. More than the usual two is safe because the first sign of a
-/// queue ends it at once, in the middle of a round.
-const STARTUP_GAIN: f64 = 3.0;
-/// While the rate is unknown, this many round trips in a row that are all longer than the smallest one by
-/// [`STARTUP_QUEUE`] of it, and by [`QUEUE_MARGIN`], mean that the link is full.
-const STARTUP_SAMPLES: u32 = 16;
-const STARTUP_QUEUE: f64 = 0.125;
-/// Packets lost in a round, at least, where a queue has overflowed.
-const OVERFLOW_PACKETS: f64 = 48.0;
-/// The rate of a link that has just become full is that of the acknowledgements of this share of a round
-/// trip, at least [`ACK_GAP`] · 2: over a whole one the slower beginning would count as well.
-const SHORT: f64 = 0.25;
+/// Growth per round while the rate is unknown.
+const STARTUP_GAIN: f64 = 2.0;
 /// Window while a standing queue drains.
 const DRAIN_GAIN: f64 = 0.85;
 /// Startup has found the rate when it has grown by less than this factor …
@@ -70,7 +60,7 @@ const ACK_GAP: Duration = Duration::from_millis(10);
 const MIN_PACKETS: f64 = 8.0;
 /// Window at the start without hints, in packets (RFC 9002 allows ten; the link was chosen to carry
 /// a guest).
-const INITIAL_PACKETS: f64 = 64.0;
+const INITIAL_PACKETS: f64 = 32.0;
 /// Records of what was sent when; bounds memory at a few hundred thousand packets in flight.
 const MAX_SENT: usize = 1 << 18;
 
@@ -128,10 +118,6 @@ pub struct Adaptive {
     /// Share of bytes lost, smoothed over rounds.
     loss: f64,
     startup_rate: f64,
-    /// While the rate is unknown: when how much had been delivered, as far back as [`SHORT`] asks for;
-    /// and round trips in a row that show a queue.
-    lately: VecDeque<(Duration, u64)>,
-    queued_samples: u32,
     flat_rounds: u32,
     queue_rounds: u32,
     window: f64,
@@ -159,8 +145,6 @@ impl Adaptive {
             min_rtt_at: Duration::ZERO,
             loss: 0.0,
             startup_rate: 0.0,
-            lately: VecDeque::new(),
-            queued_samples: 0,
             flat_rounds: 0,
             queue_rounds: 0,
             window: 0.0,
@@ -234,9 +218,6 @@ impl Adaptive {
         }
         self.round_rtt = self.round_rtt.min(rtt);
         self.sample(now, sent, app_limited);
-        if self.mode == Mode::Startup {
-            self.look_for_queue(now, rtt);
-        }
     }
 
     /// All acknowledgements that arrived together have been told.
@@ -310,43 +291,7 @@ impl Adaptive {
         self.round_lost = 0;
     }
 
-    /// Ends the start as soon as a queue shows, with the rate at which the full link delivers.
-    fn look_for_queue(&mut self, now: Duration, rtt: f64) {
-        let span = Duration::from_secs_f64(SHORT * self.min_rtt).max(2 * ACK_GAP);
-        self.lately.push_back((now, self.delivered));
-        // One record that is old enough stays.
-        while self
-            .lately
-            .get(1)
-            .is_some_and(|(at, _)| now.saturating_sub(*at) >= span)
-        {
-            self.lately.pop_front();
-        }
-        let excess = rtt - self.min_rtt;
-        let queued = excess > STARTUP_QUEUE * self.min_rtt && excess > QUEUE_MARGIN;
-        self.queued_samples = if queued { self.queued_samples + 1 } else { 0 };
-        if self.queued_samples < STARTUP_SAMPLES {
-            return;
-        }
-        let Some((at, delivered)) = self.lately.front().copied() else {
-            return;
-        };
-        let elapsed = now.saturating_sub(at);
-        if elapsed < span {
-            return;
-        }
-        // Acknowledgements that come in a lump look like a fast link: what the window has asked for is
-        // the most that can be believed.
-        let rate = (self.delivered - delivered) as f64 / elapsed.as_secs_f64();
-        let rate = rate.min(self.window / self.min_rtt);
-        self.round_rate = self.round_rate.max(rate);
-        self.rates.push_back(self.round_rate);
-        self.drain();
-    }
-
     fn end_startup_round(&mut self, rate: f64, queued: bool, lost: f64) {
-        // Lost in numbers, and much slower growth than was asked for: the queue is too short to show.
-        let falls_short = rate < self.startup_rate * STARTUP_GAIN * 0.6;
         if rate > self.startup_rate * GROWTH {
             self.startup_rate = rate;
             self.flat_rounds = 0;
@@ -355,9 +300,7 @@ impl Adaptive {
         }
         // A full queue, or one that overflows, is as good a sign as a flat rate: the rate that was
         // delivered through it is the link's.
-        // A burst of random loss is a large share of a small window.
-        let many = self.round_lost as f64 > OVERFLOW_PACKETS * self.mtu;
-        let overflows = lost > LOSS_LIMIT && many && (queued || falls_short);
+        let overflows = queued && lost > LOSS_LIMIT;
         if self.flat_rounds >= FLAT_ROUNDS || overflows || (queued && self.flat_rounds >= 1) {
             self.drain();
         }
@@ -386,7 +329,6 @@ impl Adaptive {
     fn drain(&mut self) {
         self.mode = Mode::Drain;
         self.gain = DRAIN_GAIN;
-        self.lately = VecDeque::new();
     }
 
     fn forget_rates_above(&mut self, rate: f64) {
