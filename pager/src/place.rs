@@ -100,7 +100,7 @@ impl Placer {
             memory.discard(&shared.missing.to_bitmap(memory.region()), written)
         });
         if let Err(error) = discarded {
-            shared.unregister()?;
+            shared.unregister(&shared.layout())?;
             return Err(error);
         }
         shared.missing.set_armed();
@@ -198,7 +198,13 @@ impl Placer {
         if count != 0 {
             return Err(PagerError::StillMissing { count });
         }
-        self.shared.unregister()?;
+        self.shared.forget_all()?;
+        // A thread of the guest that was giving memory back when the trap went still waits until its
+        // event is read, and says nothing that could be waited for.
+        let mut patience = Patience::new();
+        while self.shared.uffd.layout_changes() {
+            patience.wait(0, 0)?;
+        }
         self.stop();
         Ok(self.stats())
     }
@@ -457,12 +463,21 @@ impl Shared {
         Ok(())
     }
 
-    fn unregister(&self) -> Result<()> {
-        for map in &self.layout().maps {
+    fn unregister(&self, layout: &Layout) -> Result<()> {
+        for map in &layout.maps {
             self.uffd
                 .unregister(map.mapping.address, map.mapping.len())
                 .map_err(|error| self.uffd_error("UFFDIO_UNREGISTER", error))?;
         }
+        Ok(())
+    }
+
+    /// Stops trapping and forgets the mappings, as one step for the fault threads: a fault that was read
+    /// before finds nothing to place, and the kernel has woken who waited.
+    fn forget_all(&self) -> Result<()> {
+        let mut layout = self.layout.write().unwrap_or_else(PoisonError::into_inner);
+        self.unregister(&layout)?;
+        layout.maps.clear();
         Ok(())
     }
 

@@ -382,6 +382,12 @@ impl Uffd {
         progress(result, zero.zeropage, len)
     }
 
+    /// Whether the guest is changing its layout: an event of its is unread, or was read just now. The
+    /// kernel looks at that before it looks at an (empty, hence refused) range.
+    pub fn layout_changes(&self) -> bool {
+        self.zeropage(0, 0).stopped == Some(Errno::AGAIN)
+    }
+
     /// Reads pending events without waiting; returns how many.
     pub fn read(&self, events: &mut [RawEvent]) -> std::result::Result<usize, Errno> {
         let size = size_of_val(events);

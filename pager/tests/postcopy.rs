@@ -307,6 +307,39 @@ fn nonsense_is_refused() {
 }
 
 #[test]
+fn faults_that_are_on_their_way_do_not_disturb_the_end() {
+    let mut guest = Guest::new(64);
+    for round in 0..150 {
+        let sink = Arc::new(Sink::default());
+        let placer = arm_empty(&guest, Arc::clone(&sink));
+        guest.process.send(&format!("verify {SEED} 8"));
+        // Somewhere among the first faults.
+        while placer.stats().faults < round % 8 {
+            std::hint::spin_loop();
+        }
+        placer.place(0, 0, &pages(0, 64)).unwrap();
+        placer.disarm().unwrap();
+        assert!(sink.failure.lock().unwrap().is_none());
+        assert_eq!(guest.process.line(), "ok");
+    }
+}
+
+#[test]
+fn memory_given_back_at_the_end_holds_nobody_up() {
+    let mut guest = Guest::new(64);
+    for _ in 0..150 {
+        let sink = Arc::new(Sink::default());
+        let placer = arm_empty(&guest, Arc::clone(&sink));
+        placer.place(0, 0, &pages(0, 64)).unwrap();
+        guest.process.send("remove 0 64");
+        placer.disarm().unwrap();
+        assert!(sink.failure.lock().unwrap().is_none());
+        assert_eq!(guest.process.line(), "done");
+        assert!(guest.bytes().iter().all(|byte| *byte == 0));
+    }
+}
+
+#[test]
 fn a_guest_that_was_never_armed_cannot_be_taken_over() {
     let guest = Guest::new(64);
     let map = MissingMap::in_memory(&[64]).unwrap();

@@ -67,32 +67,20 @@ impl Interface<'_> {
     }
 }
 
+/// By netlink, since an address that the ioctl sets is tentative until a kernel worker has looked for a
+/// duplicate, and cannot be bound until then. There is nobody to be a duplicate of.
 fn set_address_v6(name: &str, address: Ipv6Addr, prefix: u8) -> io::Result<()> {
-    let socket = match Socket::new(Domain::IPV6, Type::DGRAM, None) {
-        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(()),
-        socket => socket?,
-    };
-    let argument = libc::in6_ifreq {
-        ifr6_addr: libc::in6_addr {
-            s6_addr: address.octets(),
-        },
-        ifr6_prefixlen: u32::from(prefix),
-        ifr6_ifindex: if_nametoindex(name)? as libc::c_int,
-    };
-    // SAFETY: SIOCSIFADDR on an IPv6 socket takes a pointer to an in6_ifreq, which lives.
-    let result = unsafe {
-        libc::ioctl(
-            socket.as_raw_fd(),
-            libc::SIOCSIFADDR as _,
-            &raw const argument,
-        )
-    };
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        _ if result == 0 => Ok(()),
-        // The sysctl disable_ipv6.
-        Some(libc::EACCES) => Ok(()),
-        _ => Err(error),
+    // struct ifaddrmsg: family, prefix, flags (the attribute has them all), scope, index.
+    let mut body = vec![libc::AF_INET6 as u8, prefix, 0, 0];
+    body.extend(if_nametoindex(name)?.to_ne_bytes());
+    attribute(&mut body, libc::IFA_LOCAL, &address.octets());
+    attribute(&mut body, libc::IFA_FLAGS, &libc::IFA_F_NODAD.to_ne_bytes());
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+    let result = netlink(libc::RTM_NEWADDR, flags, &body);
+    match result.as_ref().map_err(io::Error::raw_os_error) {
+        // A kernel without IPv6, or the sysctl disable_ipv6.
+        Err(Some(libc::EOPNOTSUPP | libc::EAFNOSUPPORT | libc::EACCES)) => Ok(()),
+        _ => result,
     }
 }
 
@@ -117,25 +105,35 @@ pub fn named(name: &str) -> io::Result<libc::ifreq> {
 /// Sets how many packets may wait for the driver of an interface. By netlink, since the ioctl wants
 /// a privilege over the whole machine.
 fn set_queue(name: &str, packets: u16) -> io::Result<()> {
-    let protocol = Protocol::from(libc::NETLINK_ROUTE);
-    let mut socket = Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, Some(protocol))?;
     let mut name = name.as_bytes().to_vec();
     name.push(0);
     // struct ifinfomsg: no index, the name says which.
     let mut body = vec![0; 16];
-    for (kind, value) in [
-        (libc::IFLA_IFNAME, name.as_slice()),
-        (libc::IFLA_TXQLEN, &u32::from(packets).to_ne_bytes()),
-    ] {
-        body.extend((value.len() as u16 + 4).to_ne_bytes());
-        body.extend(kind.to_ne_bytes());
-        body.extend(value);
-        body.resize(body.len().next_multiple_of(4), 0);
-    }
-    let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
+    attribute(&mut body, libc::IFLA_IFNAME, &name);
+    attribute(
+        &mut body,
+        libc::IFLA_TXQLEN,
+        &u32::from(packets).to_ne_bytes(),
+    );
+    netlink(libc::RTM_NEWLINK, 0, &body)
+}
+
+/// Appends an attribute (struct rtattr and its value), padded.
+fn attribute(body: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    body.extend((value.len() as u16 + 4).to_ne_bytes());
+    body.extend(kind.to_ne_bytes());
+    body.extend(value);
+    body.resize(body.len().next_multiple_of(4), 0);
+}
+
+/// Sends one request to the kernel's routing socket and reads what became of it.
+fn netlink(request: u16, flags: libc::c_int, body: &[u8]) -> io::Result<()> {
+    let protocol = Protocol::from(libc::NETLINK_ROUTE);
+    let mut socket = Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, Some(protocol))?;
+    let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK | flags) as u16;
     // struct nlmsghdr: a sequence number and a sender that nobody needs follow the flags.
     let mut message = (body.len() as u32 + 16).to_ne_bytes().to_vec();
-    message.extend(libc::RTM_NEWLINK.to_ne_bytes());
+    message.extend(request.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
     message.resize(16, 0);
     message.extend(body);
