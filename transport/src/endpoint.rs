@@ -10,6 +10,7 @@ use rustls_pki_types::CertificateDer;
 use tokio::sync::{Mutex, Semaphore, mpsc};
 
 use crate::config::TransportConfig;
+use crate::congestion::steering::Steering;
 use crate::error::{CloseCode, LinkError, TransportError};
 use crate::identity::Identity;
 use crate::link::credit::{CreditReceiver, CreditSender};
@@ -34,6 +35,7 @@ pub struct Endpoint {
 struct Judge {
     trust: Trust,
     config: TransportConfig,
+    steering: Arc<Steering>,
     /// Links that may still be open, to close them one by one.
     links: std::sync::Mutex<Vec<Weak<Shared>>>,
 }
@@ -48,9 +50,10 @@ impl Endpoint {
     ) -> Result<Self, TransportError> {
         let tls = tls::server(identity).map_err(TransportError::Tls)?;
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
-        server.transport_config(config.quinn());
+        let steering = Arc::new(Steering::new(config.rate_limit));
+        server.transport_config(config.quinn(&steering));
         let quinn = open(addr, Some(server))?;
-        let judge = Arc::new(Judge::new(trust, config));
+        let judge = Arc::new(Judge::new(trust, config, steering));
         let (sender, arrivals) = mpsc::channel(HANDSHAKES);
         let acceptor = tokio::spawn(accept_all(quinn.clone(), judge.clone(), sender));
         Ok(Self {
@@ -69,14 +72,15 @@ impl Endpoint {
     ) -> Result<Self, TransportError> {
         let tls = tls::client(identity).map_err(TransportError::Tls)?;
         let mut client = quinn::ClientConfig::new(Arc::new(tls));
-        client.transport_config(config.quinn());
+        let steering = Arc::new(Steering::new(config.rate_limit));
+        client.transport_config(config.quinn(&steering));
         // Both families on one socket; hosts without IPv6 have only the other.
         let mut quinn = open((Ipv6Addr::UNSPECIFIED, 0).into(), None)
             .or_else(|_| open((Ipv4Addr::UNSPECIFIED, 0).into(), None))?;
         quinn.set_default_client_config(client);
         Ok(Self {
             quinn,
-            judge: Arc::new(Judge::new(trust, config)),
+            judge: Arc::new(Judge::new(trust, config, steering)),
             arrivals: Mutex::new(mpsc::channel(1).1),
             acceptor: None,
         })
@@ -90,6 +94,11 @@ impl Endpoint {
                 addr: (Ipv6Addr::UNSPECIFIED, 0).into(),
                 source,
             })
+    }
+
+    /// Another hard cap in bytes/s for all links of this endpoint, or none, from now on.
+    pub fn set_rate_limit(&self, limit: Option<u64>) {
+        self.judge.steering.set_rate_limit(limit);
     }
 
     /// Connects to a server. Returns when both sides have accepted each other.
@@ -182,10 +191,11 @@ async fn accept_all(
 }
 
 impl Judge {
-    fn new(trust: Trust, config: &TransportConfig) -> Self {
+    fn new(trust: Trust, config: &TransportConfig, steering: Arc<Steering>) -> Self {
         Self {
             trust,
             config: config.clone(),
+            steering,
             links: std::sync::Mutex::default(),
         }
     }
@@ -227,7 +237,12 @@ impl Judge {
             error => handshake_error(addr, &error),
         })?;
         let peer = self.judge(addr, &connection)?;
-        let shared = Arc::new(Shared::new(connection, peer, self.config.idle_timeout));
+        let shared = Arc::new(Shared::new(
+            connection,
+            peer,
+            self.config.idle_timeout,
+            self.steering.clone(),
+        ));
         self.remember(&shared);
         let refused = |error| link_error(addr, error);
         let credit_out = CreditSender::open(&shared, self.config.lane_windows())

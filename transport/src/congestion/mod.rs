@@ -3,6 +3,7 @@
 
 pub mod adaptive;
 pub(crate) mod quic;
+pub(crate) mod steering;
 
 use std::fmt;
 use std::str::FromStr;

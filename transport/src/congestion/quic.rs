@@ -4,21 +4,34 @@
 use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use quinn::congestion::{Controller, ControllerFactory, ControllerMetrics};
 use quinn_proto::RttEstimator;
 
 use super::adaptive::{Adaptive, Hints};
+use super::steering::Steering;
+
+/// A guest counts as waiting for this many of the smallest round trip, and this long, after the last sign.
+const HOLD: (f64, Duration) = (2.0, Duration::from_millis(100));
 
 /// Builds an [`Adaptive`] for every path.
 #[derive(Debug)]
-pub(crate) struct AdaptiveFactory(pub(crate) Hints);
+pub(crate) struct AdaptiveFactory {
+    pub(crate) hints: Hints,
+    pub(crate) steering: Arc<Steering>,
+}
 
 impl ControllerFactory for AdaptiveFactory {
     fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
-        let core = Adaptive::new(self.0, current_mtu);
+        let hints = Hints {
+            rate_limit: self.steering.rate_limit().map(|limit| limit as f64),
+            ..self.hints
+        };
+        let core = Adaptive::new(hints, current_mtu);
         Box::new(AdaptiveController {
+            steering: self.steering.clone(),
+            rate_limit: self.steering.rate_limit(),
             origin: now,
             initial_window: core.window(),
             core,
@@ -32,12 +45,29 @@ struct AdaptiveController {
     origin: Instant,
     initial_window: u64,
     core: Adaptive,
+    steering: Arc<Steering>,
+    /// The cap that the core knows.
+    rate_limit: Option<u64>,
+}
+
+impl AdaptiveController {
+    fn follow_steering(&mut self, now: Instant) {
+        let limit = self.steering.rate_limit();
+        if limit != self.rate_limit {
+            self.rate_limit = limit;
+            self.core.set_rate_limit(limit.map(|limit| limit as f64));
+        }
+        let round_trips = Duration::from_secs_f64(HOLD.0 * self.core.min_rtt().unwrap_or(0.0));
+        let since = self.steering.since_urgent(now);
+        self.core
+            .hold(since.is_some_and(|since| since < round_trips + HOLD.1));
+    }
 }
 
 impl Controller for AdaptiveController {
-    fn on_sent(&mut self, now: Instant, _bytes: u64, _last_packet_number: u64) {
+    fn on_sent(&mut self, now: Instant, bytes: u64, _last_packet_number: u64) {
         self.core
-            .on_sent(now.saturating_duration_since(self.origin));
+            .on_sent(now.saturating_duration_since(self.origin), bytes);
     }
 
     fn on_ack(
@@ -59,12 +89,14 @@ impl Controller for AdaptiveController {
 
     fn on_end_acks(
         &mut self,
-        _now: Instant,
-        _in_flight: u64,
+        now: Instant,
+        in_flight: u64,
         _app_limited: bool,
         _largest_packet_num_acked: Option<u64>,
     ) {
-        self.core.on_acks_done();
+        self.follow_steering(now);
+        self.core
+            .on_acks_done(now.saturating_duration_since(self.origin), in_flight);
     }
 
     fn on_congestion_event(

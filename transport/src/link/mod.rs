@@ -24,6 +24,7 @@ pub use stats::LinkStats;
 use crate::config::TransportConfig;
 use crate::congestion::Congestion;
 use crate::congestion::quic::open_gate;
+use crate::congestion::steering::Steering;
 use crate::error::{CloseCode, LinkError};
 use crate::lane::Lane;
 use crate::message::Message;
@@ -76,6 +77,8 @@ pub(crate) struct Shared {
     pub(crate) connection: quinn::Connection,
     pub(crate) peer: PeerIdentity,
     pub(crate) idle_timeout: Duration,
+    /// What the congestion controller is told.
+    pub(crate) steering: Arc<Steering>,
     /// Why this side ended the link, where it did.
     cause: OnceLock<LinkError>,
 }
@@ -85,11 +88,13 @@ impl Shared {
         connection: quinn::Connection,
         peer: PeerIdentity,
         idle_timeout: Duration,
+        steering: Arc<Steering>,
     ) -> Self {
         Self {
             connection,
             peer,
             idle_timeout,
+            steering,
             cause: OnceLock::new(),
         }
     }
@@ -170,7 +175,7 @@ impl Link {
         credit_out: CreditSender,
         credit_in: CreditReceiver,
     ) -> Self {
-        let outbound = Outbound::new(shared.clone(), credit_in.windows, config.rate_limit);
+        let outbound = Outbound::new(shared.clone(), credit_in.windows);
         let inbound = Arc::new(Inbound::new(shared.clone(), config.lane_windows()));
         let tasks = vec![
             tokio::spawn(outbound.clone().follow_credit(credit_in)).abort_handle(),

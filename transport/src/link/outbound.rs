@@ -30,7 +30,7 @@ const OVERHEAD: f64 = 1.05;
 pub(super) struct Outbound {
     shared: Arc<Shared>,
     gates: Arc<[Gate; 3]>,
-    limiter: Option<Arc<Mutex<Limiter>>>,
+    limiter: Arc<Mutex<Limiter>>,
 }
 
 /// The state of one lane.
@@ -69,7 +69,7 @@ impl Gate {
 }
 
 impl Outbound {
-    pub(super) fn new(shared: Arc<Shared>, windows: LaneWindows, rate_limit: Option<u64>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, windows: LaneWindows) -> Self {
         // What the peer's lanes take must fit QUIC's send buffer, or one lane would wait for
         // another's bytes to be acknowledged.
         let send_window = windows.total().saturating_add(WINDOW_RESERVE);
@@ -77,7 +77,7 @@ impl Outbound {
         Self {
             shared,
             gates: Arc::new(windows.to_array().map(Gate::new)),
-            limiter: rate_limit.map(|rate| Arc::new(Mutex::new(Limiter::new(rate as f64)))),
+            limiter: Arc::new(Mutex::new(Limiter::new(Instant::now()))),
         }
     }
 
@@ -107,6 +107,9 @@ impl Outbound {
                 "the control lane is a stream of its own; see open_control".to_owned(),
             ));
         };
+        if lane == Lane::Urgent {
+            self.shared.steering.touch();
+        }
         self.respect_limit(lane, bytes.len()).await;
         let pass = self.enter(lane, gate, bytes.len() as u64).await?;
         let (written, wait) = oneshot::channel();
@@ -164,19 +167,21 @@ impl Outbound {
     }
 
     async fn respect_limit(&self, lane: Lane, len: usize) {
-        let Some(limiter) = &self.limiter else { return };
-        let lock = || limiter.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = || self.limiter.lock().unwrap_or_else(PoisonError::into_inner);
+        let rate = || self.shared.steering.rate_limit().map(|rate| rate as f64);
         // Demand paging does not wait; what it takes, the others go without.
         if lane != Lane::Urgent {
-            loop {
-                let wait = lock().wait(Instant::now());
+            while let Some(rate) = rate() {
+                let wait = lock().wait(Instant::now(), rate);
                 if wait.is_zero() {
                     break;
                 }
                 tokio::time::sleep(wait).await;
             }
         }
-        lock().take(len as f64 * OVERHEAD);
+        if rate().is_some() {
+            lock().take(len as f64 * OVERHEAD);
+        }
     }
 
     /// Takes in the peer's credit until the link ends.
@@ -251,7 +256,6 @@ async fn write(
 
 /// A token bucket that may go into debt by one batch.
 struct Limiter {
-    rate: f64,
     tokens: f64,
     filled: Instant,
 }
@@ -259,25 +263,25 @@ struct Limiter {
 impl Limiter {
     /// Time for which unused tokens are kept.
     const BURST: f64 = 0.05;
+    /// Longest wait at once, in seconds: the rate, or another lane, may change the debt meanwhile.
+    const WAIT: f64 = 0.1;
 
-    fn new(rate: f64) -> Self {
+    fn new(now: Instant) -> Self {
         Self {
-            rate: rate.max(1.0),
             tokens: 0.0,
-            filled: Instant::now(),
+            filled: now,
         }
     }
 
-    /// Time until something may be sent; zero for now.
-    fn wait(&mut self, now: Instant) -> Duration {
+    /// Time until something may be sent at `rate` bytes/s; zero for now.
+    fn wait(&mut self, now: Instant, rate: f64) -> Duration {
         let elapsed = now.saturating_duration_since(self.filled).as_secs_f64();
         self.filled = now;
-        self.tokens = (self.tokens + elapsed * self.rate).min(self.rate * Self::BURST);
+        self.tokens = (self.tokens + elapsed * rate).min(rate * Self::BURST);
         if self.tokens >= 0.0 {
             Duration::ZERO
         } else {
-            // Bounded, because another lane may change the debt meanwhile.
-            Duration::from_secs_f64((-self.tokens / self.rate).clamp(0.000_5, 1.0))
+            Duration::from_secs_f64((-self.tokens / rate).clamp(0.000_5, Self::WAIT))
         }
     }
 

@@ -34,6 +34,29 @@ pub struct LinkStats {
     pub received_bytes: u64,
     /// Share of bytes lost lately, 0 to 1.
     pub loss: f64,
+    /// Packets that are lost together, on average; 1 where losses are independent, 0 while nobody knows.
+    #[serde(default)]
+    pub loss_burst: f64,
+    /// Round-trip time of the last fraction of one, as short as it got there; zero while nobody knows.
+    #[serde(default)]
+    pub current_rtt: Duration,
+    /// Time that packets lately waited at the bottleneck.
+    #[serde(default)]
+    pub queue: Duration,
+    /// Whether the congestion control thinks that others use the bottleneck as well.
+    #[serde(default)]
+    pub shared: bool,
+}
+
+/// What a controller, or the counters, know of the link; in bytes/s and seconds.
+#[derive(Default)]
+struct Known {
+    bandwidth: f64,
+    loss: f64,
+    burst: f64,
+    rtt: f64,
+    queue: f64,
+    shared: bool,
 }
 
 /// Turns counters into rates.
@@ -69,13 +92,18 @@ impl Sampler {
 
     pub(super) fn sample(&self, connection: &quinn::Connection) -> LinkStats {
         let stats = connection.stats();
-        let (bandwidth, loss) = self
-            .of_controller(connection)
-            .unwrap_or_else(|| self.of_counters(stats.udp_tx.bytes, stats.path.lost_bytes));
+        let known = self.of_controller(connection).unwrap_or_else(|| {
+            let (bandwidth, loss) = self.of_counters(stats.udp_tx.bytes, stats.path.lost_bytes);
+            Known {
+                bandwidth,
+                loss,
+                ..Known::default()
+            }
+        });
         LinkStats {
             rtt: stats.path.rtt,
             min_rtt: stats.path.min_rtt,
-            bandwidth,
+            bandwidth: known.bandwidth,
             cwnd: stats.path.cwnd,
             mtu: stats.path.current_mtu,
             sent_packets: stats.path.sent_packets,
@@ -83,16 +111,27 @@ impl Sampler {
             lost_packets: stats.path.lost_packets,
             lost_bytes: stats.path.lost_bytes,
             received_bytes: stats.udp_rx.bytes,
-            loss,
+            loss: known.loss,
+            loss_burst: known.burst,
+            current_rtt: Duration::from_secs_f64(known.rtt),
+            queue: Duration::from_secs_f64(known.queue),
+            shared: known.shared,
         }
     }
 
-    fn of_controller(&self, connection: &quinn::Connection) -> Option<(f64, f64)> {
+    fn of_controller(&self, connection: &quinn::Connection) -> Option<Known> {
         if !self.adaptive {
             return None;
         }
         let controller = adaptive_of(connection)?;
-        Some((controller.bandwidth(), controller.loss()))
+        Some(Known {
+            bandwidth: controller.bandwidth(),
+            loss: controller.loss(),
+            burst: controller.burst(),
+            rtt: controller.rtt(),
+            queue: controller.queue(),
+            shared: controller.is_shared(),
+        })
     }
 
     fn of_counters(&self, sent: u64, lost: u64) -> (f64, f64) {
