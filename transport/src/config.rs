@@ -28,6 +28,11 @@ pub(crate) const WINDOW_RESERVE: u64 = 16 << 20;
 /// that loses most of its packets; at that rate these cost 4 ms in finding a loss.
 const REORDERED: u32 = 64;
 const LATE: f32 = 1.125;
+/// Bytes of datagrams that QUIC holds until they are read.
+const DATAGRAMS_RECEIVED: usize = 4 << 20;
+/// Bytes of datagrams that QUIC holds until they are sent. Few: the lane keeps the rest, and looks for
+/// room, because QUIC drops the oldest where there is none.
+const DATAGRAMS_SENT: usize = 64 << 10;
 /// UDP payload of a 1500-byte path less IPv6 and UDP headers.
 const FULL_MTU: u16 = 1452;
 
@@ -48,6 +53,9 @@ pub struct TransportConfig {
     pub idle_timeout: Duration,
     /// Time in which a connection must be up and authorised.
     pub connect_timeout: Duration,
+    /// Whether demand paging uses datagrams with redundancy. Without, or with a peer that has none,
+    /// it uses streams.
+    pub datagrams: bool,
 }
 
 impl Default for TransportConfig {
@@ -59,6 +67,7 @@ impl Default for TransportConfig {
             rate_limit: None,
             idle_timeout: Duration::from_secs(600),
             connect_timeout: Duration::from_secs(15),
+            datagrams: true,
         }
     }
 }
@@ -108,7 +117,9 @@ impl TransportConfig {
             // Until the peer has said how large its lanes are.
             .send_window(receive)
             .send_fairness(false)
-            .datagram_receive_buffer_size(None)
+            // More than one wake-up of the process brings; what is lost here is repaired like any loss.
+            .datagram_receive_buffer_size(self.datagrams.then_some(DATAGRAMS_RECEIVED))
+            .datagram_send_buffer_size(DATAGRAMS_SENT)
             .max_idle_timeout(Some(idle(self.idle_timeout)))
             .keep_alive_interval(Some(
                 (self.idle_timeout / 4).clamp(Duration::from_millis(200), Duration::from_secs(5)),

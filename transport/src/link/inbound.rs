@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use super::credit::{CreditSender, LANES, index};
+use super::urgent::driver::{STREAM_HEADER, Urgent};
 use super::{Incoming, Shared, kind};
 use crate::codec::MAX_BATCH;
 use crate::config::{LaneWindows, MAX_STREAMS};
@@ -17,7 +18,7 @@ use crate::error::LinkError;
 use crate::frame::{MAX_MESSAGE, decode_message};
 use crate::lane::Lane;
 
-/// Longest stream that any kind allows, kind byte and all.
+/// Longest stream that any kind allows, kind byte and all; parcels on streams are far shorter.
 const MAX_STREAM: u64 = (if MAX_MESSAGE > MAX_BATCH {
     MAX_MESSAGE
 } else {
@@ -28,6 +29,7 @@ const MAX_STREAM: u64 = (if MAX_MESSAGE > MAX_BATCH {
 /// See the module's text.
 pub(super) struct Inbound {
     shared: Arc<Shared>,
+    urgent: Arc<Urgent>,
     windows: [u64; 3],
     queues: Mutex<Queues>,
     arrived: Notify,
@@ -46,16 +48,19 @@ struct Queues {
 }
 
 impl Inbound {
-    pub(super) fn new(shared: Arc<Shared>, windows: LaneWindows) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, windows: LaneWindows, urgent: Arc<Urgent>) -> Self {
+        // Headers are not counted as credit, and what is urgent may be held twice for a moment: as
+        // pieces, and on the stream that repeats them.
+        let uncounted = u64::from(MAX_STREAMS) * STREAM_HEADER as u64 + windows.urgent;
         Self {
             shared,
+            urgent,
             windows: windows.to_array(),
             queues: Mutex::default(),
             arrived: Notify::new(),
             taken: Notify::new(),
             held: AtomicU64::new(0),
-            // Kind bytes are not counted as credit.
-            limit: windows.total() + u64::from(MAX_STREAMS),
+            limit: windows.total() + uncounted,
         }
     }
 
@@ -118,7 +123,7 @@ impl Inbound {
         queues.taken[lane] += len;
         let more = queues.waiting.iter().any(|queue| !queue.is_empty());
         drop(queues);
-        self.held.fetch_sub(len + 1, Ordering::Relaxed);
+        self.release(len + 1);
         self.taken.notify_one();
         if more {
             self.arrived.notify_one();
@@ -146,15 +151,45 @@ impl Inbound {
                 Err(_) => return,
             }
         }
-        match understand(bytes) {
-            Ok((lane, len, incoming)) => {
-                self.lock().waiting[lane].push_back((len, incoming));
-                self.arrived.notify_one();
-            }
-            Err(what) => {
-                self.shared.violation(what);
-            }
+        if let Err(what) = self.take(bytes.into()) {
+            self.shared.violation(what);
         }
+    }
+
+    /// Takes a complete stream.
+    fn take(&self, stream: Bytes) -> Result<(), String> {
+        let kind = *stream.first().ok_or("an empty stream")?;
+        if kind != kind::PARCEL {
+            return self.deliver(kind, stream.slice(1..));
+        }
+        match self.urgent.take_stream(&stream, self) {
+            Ok(Some((kind, contents))) => self.deliver(kind, contents),
+            Ok(None) => Ok(()),
+            Err(malformed) => Err(malformed.to_string()),
+        }
+    }
+
+    /// Keeps complete contents for the application. They have been accounted for by [`Self::hold`],
+    /// with one byte for their kind.
+    pub(super) fn deliver(&self, kind: u8, contents: Bytes) -> Result<(), String> {
+        let (lane, len, incoming) = understand(kind, contents)?;
+        self.lock().waiting[lane].push_back((len, incoming));
+        self.arrived.notify_one();
+        Ok(())
+    }
+
+    /// Accounts for bytes that are held from now on; false when the peer has sent too much.
+    pub(super) fn hold(&self, bytes: u64) -> bool {
+        let fits = self.held.fetch_add(bytes, Ordering::Relaxed) + bytes <= self.limit;
+        if !fits {
+            self.shared.violation("more was sent than credit was given");
+        }
+        fits
+    }
+
+    /// Takes back some of what [`Self::hold`] was told.
+    pub(super) fn release(&self, bytes: u64) {
+        self.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Copies a piece of a stream to its place; false when the peer has sent too much.
@@ -168,8 +203,7 @@ impl Inbound {
         let (start, end) = (offset as usize, end as usize);
         if end > bytes.len() {
             let grown = (end - bytes.len()) as u64;
-            if self.held.fetch_add(grown, Ordering::Relaxed) + grown > self.limit {
-                self.shared.violation("more was sent than credit was given");
+            if !self.hold(grown) {
                 return false;
             }
             bytes.resize(end, 0);
@@ -179,10 +213,8 @@ impl Inbound {
     }
 }
 
-/// What a complete stream holds: index of the lane, bytes of credit, contents.
-fn understand(bytes: Vec<u8>) -> Result<(usize, u64, Incoming), String> {
-    let kind = *bytes.first().ok_or("an empty stream")?;
-    let body = Bytes::from(bytes).slice(1..);
+/// What complete contents are: index of the lane, bytes of credit, meaning.
+fn understand(kind: u8, body: Bytes) -> Result<(usize, u64, Incoming), String> {
     let lane_of = |base: u8| {
         let lane = Lane::of_batch(kind.checked_sub(base)?)?;
         Some((lane, index(lane)?))

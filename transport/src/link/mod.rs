@@ -10,6 +10,7 @@ pub(crate) mod credit;
 mod inbound;
 mod outbound;
 mod stats;
+pub mod urgent;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -32,6 +33,7 @@ use crate::trust::PeerIdentity;
 use credit::{CreditReceiver, CreditSender};
 use inbound::Inbound;
 use outbound::Outbound;
+use urgent::driver::Urgent;
 
 /// First byte of a unidirectional stream.
 pub(crate) mod kind {
@@ -41,6 +43,8 @@ pub(crate) mod kind {
     pub(crate) const MESSAGE: u8 = 8;
     /// One batch; the lane's number is added.
     pub(crate) const BATCH: u8 = 16;
+    /// What could not be delivered in datagrams, marked with its parcel.
+    pub(crate) const PARCEL: u8 = 24;
 }
 
 /// What arrives on streams of its own.
@@ -68,6 +72,7 @@ struct Inner {
     shared: Arc<Shared>,
     outbound: Outbound,
     inbound: Arc<Inbound>,
+    urgent: Arc<Urgent>,
     stats: stats::Sampler,
     tasks: Vec<tokio::task::AbortHandle>,
 }
@@ -175,12 +180,16 @@ impl Link {
         credit_out: CreditSender,
         credit_in: CreditReceiver,
     ) -> Self {
-        let outbound = Outbound::new(shared.clone(), credit_in.windows);
-        let inbound = Arc::new(Inbound::new(shared.clone(), config.lane_windows()));
+        let urgent = Arc::new(Urgent::new(shared.clone()));
+        let outbound = Outbound::new(shared.clone(), credit_in.windows, urgent.clone());
+        let windows = config.lane_windows();
+        let inbound = Arc::new(Inbound::new(shared.clone(), windows, urgent.clone()));
         let tasks = vec![
             tokio::spawn(outbound.clone().follow_credit(credit_in)).abort_handle(),
             tokio::spawn(inbound.clone().accept_streams()).abort_handle(),
             tokio::spawn(inbound.clone().grant_credit(credit_out)).abort_handle(),
+            tokio::spawn(urgent.clone().keep_sending()).abort_handle(),
+            tokio::spawn(urgent.clone().keep_receiving(inbound.clone())).abort_handle(),
         ];
         let adaptive = config.congestion == Congestion::Adaptive;
         Self {
@@ -189,6 +198,7 @@ impl Link {
                 shared,
                 outbound,
                 inbound,
+                urgent,
                 tasks,
             }),
         }
@@ -205,14 +215,15 @@ impl Link {
         control::accept(self.inner.shared.clone()).await
     }
 
-    /// Sends a batch ([`crate::codec::MAX_BATCH`] bytes at most) on a stream of its own. Waits
+    /// Sends a batch ([`crate::codec::MAX_BATCH`] bytes at most) on a stream of its own, or, where it
+    /// is urgent and short, as datagrams with redundancy. Waits
     /// while the lane's share is used up, never for a lower lane; returns when QUIC has the bytes,
     /// which says nothing about their arrival.
     pub async fn send_batch(&self, lane: Lane, bytes: Bytes) -> Result<(), LinkError> {
         self.inner.outbound.send_batch(lane, bytes).await
     }
 
-    /// Sends a message on a stream of its own, ahead of whatever waits on lower lanes. Messages
+    /// Sends a message as [`Self::send_batch`] sends a batch, ahead of whatever waits on lower lanes. Messages
     /// sent like this can overtake each other and those of the control lane.
     pub async fn send_message(&self, lane: Lane, message: &Message) -> Result<(), LinkError> {
         self.inner.outbound.send_message(lane, message).await
@@ -226,7 +237,10 @@ impl Link {
 
     /// Figures of the link.
     pub fn stats(&self) -> LinkStats {
-        self.inner.stats.sample(&self.inner.shared.connection)
+        LinkStats {
+            urgent: self.inner.urgent.stats(),
+            ..self.inner.stats.sample(&self.inner.shared.connection)
+        }
     }
 
     /// Who is on the other side.

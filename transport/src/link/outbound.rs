@@ -8,6 +8,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, oneshot};
 
 use super::credit::{CreditReceiver, LANES, index};
+use super::urgent::driver::Urgent;
 use super::{Shared, kind};
 use crate::codec::MAX_BATCH;
 use crate::config::{LaneWindows, WINDOW_RESERVE};
@@ -31,6 +32,7 @@ pub(super) struct Outbound {
     shared: Arc<Shared>,
     gates: Arc<[Gate; 3]>,
     limiter: Arc<Mutex<Limiter>>,
+    urgent: Arc<Urgent>,
 }
 
 /// The state of one lane.
@@ -69,7 +71,7 @@ impl Gate {
 }
 
 impl Outbound {
-    pub(super) fn new(shared: Arc<Shared>, windows: LaneWindows) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, windows: LaneWindows, urgent: Arc<Urgent>) -> Self {
         // What the peer's lanes take must fit QUIC's send buffer, or one lane would wait for
         // another's bytes to be acknowledged.
         let send_window = windows.total().saturating_add(WINDOW_RESERVE);
@@ -78,6 +80,7 @@ impl Outbound {
             shared,
             gates: Arc::new(windows.to_array().map(Gate::new)),
             limiter: Arc::new(Mutex::new(Limiter::new(Instant::now()))),
+            urgent,
         }
     }
 
@@ -107,17 +110,21 @@ impl Outbound {
                 "the control lane is a stream of its own; see open_control".to_owned(),
             ));
         };
-        if lane == Lane::Urgent {
-            self.shared.steering.touch();
-        }
         self.respect_limit(lane, bytes.len()).await;
-        let pass = self.enter(lane, gate, bytes.len() as u64).await?;
+        let mut pass = self.enter(lane, gate, bytes.len() as u64).await?;
+        let kind = kind + lane.to_wire();
+        if lane == Lane::Urgent {
+            match self.urgent.send(kind, &bytes, pass) {
+                None => return Ok(()),
+                Some(unused) => pass = unused,
+            }
+        }
         let (written, wait) = oneshot::channel();
         // In a task of its own: a caller that stops waiting must not leave half a batch behind.
         tokio::spawn(write(
             self.shared.clone(),
             lane,
-            kind + lane.to_wire(),
+            Bytes::copy_from_slice(&[kind]),
             bytes,
             written,
             pass,
@@ -202,7 +209,7 @@ impl Outbound {
 }
 
 /// What a stream takes of its lane's shares; gives back on drop what comes back.
-struct Pass {
+pub(super) struct Pass {
     gates: Arc<[Gate; 3]>,
     gate: usize,
     len: u64,
@@ -220,10 +227,10 @@ impl Drop for Pass {
 }
 
 /// Writes one stream and waits until the peer has all of it.
-async fn write(
+pub(super) async fn write(
     shared: Arc<Shared>,
     lane: Lane,
-    kind: u8,
+    header: Bytes,
     bytes: Bytes,
     written: oneshot::Sender<Result<(), LinkError>>,
     pass: Pass,
@@ -231,7 +238,7 @@ async fn write(
     let give = async {
         let mut stream = shared.connection.open_uni().await.ok()?;
         stream.set_priority(lane.priority()).ok()?;
-        let mut chunks = [Bytes::copy_from_slice(&[kind]), bytes];
+        let mut chunks = [header, bytes];
         stream.write_all_chunks(&mut chunks).await.ok()?;
         stream.finish().ok()?;
         Some(stream)

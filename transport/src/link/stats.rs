@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::urgent::UrgentStats;
 use crate::congestion::quic::adaptive_of;
 
 /// What is known of a link.
@@ -46,6 +47,9 @@ pub struct LinkStats {
     /// Whether the congestion control thinks that others use the bottleneck as well.
     #[serde(default)]
     pub shared: bool,
+    /// What the urgent lane's datagrams have done.
+    #[serde(default)]
+    pub urgent: UrgentStats,
 }
 
 /// What a controller, or the counters, know of the link; in bytes/s and seconds.
@@ -116,6 +120,7 @@ impl Sampler {
             current_rtt: Duration::from_secs_f64(known.rtt),
             queue: Duration::from_secs_f64(known.queue),
             shared: known.shared,
+            urgent: UrgentStats::default(),
         }
     }
 
