@@ -358,6 +358,54 @@ async fn urgent_passes_though_nobody_takes_bulk() {
     drop(pair.endpoints);
 }
 
+/// Sends short, urgent things both ways and takes them; the figures of both sides.
+async fn exchange(config: &TransportConfig) -> [hybridmig_transport::UrgentStats; 2] {
+    let pair = pair_with(config).await;
+    for number in 0..50_u32 {
+        let fetch = Message::Fetch {
+            region: RegionId(0),
+            blocks: vec![number],
+        };
+        soon(pair.server.send_message(Lane::Urgent, &fetch))
+            .await
+            .unwrap();
+        let asked = soon(pair.client.next_incoming()).await.unwrap();
+        assert_eq!(asked, Incoming::Message(fetch));
+        // From one piece to more than a parcel takes.
+        let page = Bytes::from(vec![number as u8; 1 + 400 * number as usize]);
+        soon(pair.client.send_batch(Lane::Urgent, page.clone()))
+            .await
+            .unwrap();
+        let answer = soon(pair.server.next_incoming()).await.unwrap();
+        let lane = Lane::Urgent;
+        assert_eq!(answer, Incoming::Batch { lane, bytes: page });
+    }
+    [pair.client.stats().urgent, pair.server.stats().urgent]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_urgent_and_short_travels_in_datagrams() {
+    let [client, server] = exchange(&config()).await;
+    assert_eq!((client.parcels, client.streams), (41, 9), "{client:?}");
+    assert_eq!((server.parcels, server.streams), (50, 0), "{server:?}");
+    assert_eq!((client.received, server.received), (50, 41));
+    assert!(client.datagram_bytes > client.contents_bytes);
+    assert!(client.redundant_bytes > 0 && client.redundant_bytes < client.datagram_bytes);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_datagrams_everything_goes_by_stream() {
+    let stats = exchange(&TransportConfig {
+        datagrams: false,
+        ..config()
+    })
+    .await;
+    for stats in stats {
+        assert_eq!((stats.parcels, stats.received), (0, 0), "{stats:?}");
+        assert_eq!((stats.streams, stats.datagrams), (50, 0), "{stats:?}");
+    }
+}
+
 #[tokio::test]
 async fn closing_tells_the_other_side_why() {
     let pair = pair().await;

@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use hybridmig_transport::frame::encode_frame;
 use hybridmig_transport::message::Message;
 use hybridmig_transport::{
@@ -58,13 +59,16 @@ impl ServerCertVerifier for Gullible {
 }
 
 /// A bare client; with a certificate if `trusted`. Returns it with the server that awaits it.
-fn bare(alpn: &[u8], with_certificate: bool) -> (quinn::Endpoint, Endpoint) {
+fn bare(
+    alpn: &[u8],
+    with_certificate: bool,
+    config: &TransportConfig,
+) -> (quinn::Endpoint, Endpoint) {
     let rcgen::CertifiedKey { cert, signing_key } =
         rcgen::generate_simple_self_signed(vec!["x".to_owned()]).unwrap();
     let trust = Trust::new().with_peer(Fingerprint::of(cert.der()));
-    let config = TransportConfig::default();
     let bob = Identity::generate().unwrap();
-    let server = Endpoint::server(LOCALHOST, &bob, trust, &config).unwrap();
+    let server = Endpoint::server(LOCALHOST, &bob, trust, config).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let tls = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -93,7 +97,13 @@ fn greeting(windows: [u64; 3]) -> Vec<u8> {
 /// A trusted bare client whose greeting has been sent, and the server's link. The credit stream
 /// must be kept.
 async fn trusted() -> (quinn::Connection, quinn::SendStream, Link, Endpoint) {
-    let (client, server) = bare(ALPN, true);
+    trusted_with(&TransportConfig::default()).await
+}
+
+async fn trusted_with(
+    config: &TransportConfig,
+) -> (quinn::Connection, quinn::SendStream, Link, Endpoint) {
+    let (client, server) = bare(ALPN, true, config);
     let addr = server.local_addr().unwrap();
     let connection = client.connect(addr, "x").unwrap().await.unwrap();
     let mut credit = connection.open_uni().await.unwrap();
@@ -150,6 +160,77 @@ async fn illegal_streams_end_the_link() {
         let error = link.next_incoming().await.unwrap_err();
         assert!(matches!(error, LinkError::Protocol { .. }), "{error}");
     }
+}
+
+#[tokio::test]
+async fn illegal_datagrams_end_the_link() {
+    use hybridmig_transport::link::urgent::parcel::split;
+    use hybridmig_transport::link::urgent::wire::{Acked, Shape, WINDOW, encode_ack};
+    let piece = |id: u64, kind: u8, contents: &[u8]| {
+        let shape = Shape::of(kind, contents);
+        split(id, shape, contents).unwrap().remove(0).encode(0)
+    };
+    let mut forged = piece(0, 17, b"contents").to_vec();
+    *forged.last_mut().unwrap() ^= 1;
+    for (datagram, words) in [
+        (Bytes::from_static(b"\x07?"), "unknown kind 7"),
+        (Bytes::from_static(b"\x01short"), "urgent piece of 6 bytes"),
+        (forged.into(), "do not make its contents"),
+        (piece(0, 16, b"control"), "urgent parcel of unknown kind 16"),
+        (piece(0, 9, b"\xff\xff\xff\xff"), "malformed message"),
+        (piece(WINDOW, 17, b"far"), "urgent parcel 1024"),
+        (encode_ack(&[Acked { id: 0, seen: 1 }]), "never sent"),
+    ] {
+        let (connection, _credit, link, _server) = trusted().await;
+        connection.send_datagram(datagram).unwrap();
+        ended(&connection, &link, words).await;
+    }
+    for (bytes, words) in [
+        (&b"\x18\x00\x00"[..], "not even an id"),
+        (b"\x18\0\0\0\0\0\0\0\0\x12x", "unknown kind 18"),
+        (b"\x18\xff\xff\0\0\0\0\0\0\x11x", "urgent parcel 65535"),
+    ] {
+        let (connection, _credit, link, _server) = trusted().await;
+        let mut stream = connection.open_uni().await.unwrap();
+        stream.write_all(bytes).await.unwrap();
+        stream.finish().unwrap();
+        ended(&connection, &link, words).await;
+    }
+}
+
+#[tokio::test]
+async fn half_parcels_take_no_more_than_credit() {
+    use hybridmig_transport::link::urgent::parcel::split;
+    use hybridmig_transport::link::urgent::wire::{MAX_PARCEL, Shape};
+    let config = TransportConfig {
+        bandwidth_hint: Some(1),
+        rtt_hint: Some(Duration::from_millis(1)),
+        ..TransportConfig::default()
+    };
+    let (connection, _credit, link, _server) = trusted_with(&config).await;
+    // All lanes, what is urgent once more: 8 + 8 + 2 × 4 MiB, and a bit. A parcel's first piece
+    // claims all of it; the window of parcels would be 16 MiB. So bulk takes its part first.
+    let batch = [&[19][..], &vec![0; 400 << 10]].concat();
+    for _ in 0..26 {
+        let mut stream = connection.open_uni().await.unwrap();
+        stream.write_all(&batch).await.unwrap();
+        stream.finish().unwrap();
+    }
+    let contents = vec![1; MAX_PARCEL];
+    for id in 0..1024 {
+        let first = split(id, Shape::of(17, &contents), &contents)
+            .unwrap()
+            .remove(0);
+        // The link may end before all of it is sent.
+        if connection
+            .send_datagram_wait(first.encode(0))
+            .await
+            .is_err()
+        {
+            break;
+        }
+    }
+    ended(&connection, &link, "more was sent than credit was given").await;
 }
 
 #[tokio::test]
@@ -216,7 +297,7 @@ async fn a_wrong_start_never_becomes_a_link() {
         ),
         (vec![16; 25], "not the credit stream"),
     ] {
-        let (client, server) = bare(ALPN, true);
+        let (client, server) = bare(ALPN, true, &TransportConfig::default());
         let addr = server.local_addr().unwrap();
         let connection = client.connect(addr, "x").unwrap().await.unwrap();
         let mut stream = connection.open_uni().await.unwrap();
@@ -227,7 +308,7 @@ async fn a_wrong_start_never_becomes_a_link() {
         }
     }
     for (alpn, with_certificate) in [(&b"h3"[..], true), (ALPN, false)] {
-        let (client, server) = bare(alpn, with_certificate);
+        let (client, server) = bare(alpn, with_certificate, &TransportConfig::default());
         let addr = server.local_addr().unwrap();
         let connecting = client.connect(addr, "x").unwrap();
         let (connection, accepted) = tokio::join!(connecting, server.accept());

@@ -97,3 +97,76 @@ async fn a_lossy_path_works() {
         .expect("still waiting");
     assert!(stats.lost_packets > 0, "{stats:?}");
 }
+
+/// Page faults across a lossy link with bulk beside them: latencies in seconds, sorted.
+async fn page_faults(link: &str, faults: u32) -> (Vec<f64>, hybridmig_transport::UrgentStats) {
+    let config = TransportConfig::default();
+    let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+    let trust = |identity: &Identity| Trust::new().with_peer(identity.fingerprint());
+    let server = Endpoint::server(LOCALHOST, &bob, trust(&alice), &config).unwrap();
+    let client = Endpoint::client(&alice, trust(&bob), &config).unwrap();
+    let relay = hybridmig_netem::Relay::start(hybridmig_netem::RelayConfig {
+        listen: LOCALHOST,
+        target: server.local_addr().unwrap(),
+        link: link.parse().unwrap(),
+        seed: 5,
+    })
+    .unwrap();
+    let (source, destination) = tokio::join!(client.connect(relay.local_addr()), server.accept());
+    let (source, destination) = (source.unwrap(), destination.unwrap());
+    let bulk = source.clone();
+    let bulk = tokio::spawn(async move {
+        let batch = bytes::Bytes::from(vec![1; 100_000]);
+        while bulk.send_batch(Lane::Bulk, batch.clone()).await.is_ok() {}
+    });
+    let answering = source.clone();
+    let answers = tokio::spawn(async move {
+        while let Ok(Incoming::Message(_)) = answering.next_incoming().await {
+            let page = vec![7; 4126].into();
+            answering.send_batch(Lane::Urgent, page).await.unwrap();
+        }
+    });
+    let mut latencies = Vec::new();
+    for number in 0..faults {
+        let began = std::time::Instant::now();
+        let fetch = hybridmig_transport::message::Message::Fetch {
+            region: hybridmig_transport::message::RegionId(0),
+            blocks: vec![number],
+        };
+        destination
+            .send_message(Lane::Urgent, &fetch)
+            .await
+            .unwrap();
+        while let Incoming::Batch { lane, bytes } = destination.next_incoming().await.unwrap() {
+            if lane == Lane::Urgent {
+                assert_eq!(bytes.len(), 4126);
+                break;
+            }
+        }
+        latencies.push(began.elapsed().as_secs_f64());
+    }
+    latencies.sort_by(f64::total_cmp);
+    // Both ends: requests and replies have their repairs counted where they arrive.
+    let (at_source, at_destination) = (source.stats().urgent, destination.stats().urgent);
+    assert_eq!(at_destination.received, u64::from(faults));
+    println!("{at_source:?}\n{at_destination:?}");
+    source.close(hybridmig_transport::CloseCode::DONE, "done");
+    bulk.await.unwrap();
+    answers.await.unwrap();
+    relay.stop();
+    (latencies, at_destination)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_fault_on_a_lossy_path_takes_one_round_trip() {
+    let work = page_faults("delay 10ms rate 50mbit loss 5% limit 50ms", 150);
+    let (latencies, stats) = tokio::time::timeout(Duration::from_secs(60), work)
+        .await
+        .expect("still waiting");
+    let (p50, p90) = (latencies[75], latencies[135]);
+    println!("p50 {:.1} ms, p90 {:.1} ms", p50 * 1e3, p90 * 1e3);
+    // A fifth of the pages lack a piece; on a stream those would take 45 ms and more. (The start of
+    // congestion control has a queue of its own, and the machine may be busy.)
+    assert!(stats.repaired > 0, "{stats:?}");
+    assert!(p50 < 0.06, "{p50}");
+}

@@ -188,7 +188,12 @@ impl Urgent {
             return (Next::Squeeze(datagram), fallbacks);
         }
         let due = machines.sender.next_due().map(|(at, _)| at);
-        let until = due.into_iter().chain(machines.sender.next_timeout()).min();
+        let times = [
+            due,
+            machines.sender.next_timeout(),
+            machines.receiver.next_ack(),
+        ];
+        let until = times.into_iter().flatten().min();
         (Next::Wait(until), fallbacks)
     }
 
@@ -236,8 +241,11 @@ impl Urgent {
                 };
             }
             let now = self.now();
-            let blocked = self.flush(&mut self.lock(), now);
-            if blocked {
+            let mut machines = self.lock();
+            self.flush(&mut machines, now);
+            let more = machines.receiver.next_ack().is_some();
+            drop(machines);
+            if more {
                 self.wake.notify_one();
             }
         }
@@ -291,10 +299,9 @@ impl Urgent {
         check_kind(header[9])?;
         let mut machines = self.lock();
         let streamed = machines.receiver.streamed(u64::from_le_bytes(id))?;
-        if machines.receiver.ack_due() {
-            self.wake.notify_one();
-        }
         drop(machines);
+        // For the acknowledgement.
+        self.wake.notify_one();
         if streamed.released > 0 {
             inbound.release(streamed.released + 1);
         }
@@ -322,17 +329,19 @@ impl Urgent {
 }
 
 impl Machines {
-    /// The next datagram that may go out now, acknowledgements first. Where others wait in QUIC's
+    /// The next datagram that may go out now, acknowledgements first, mostly. Where others wait in QUIC's
     /// buffer, `busy`, a copy is made so long that it cannot share a packet with the one it repeats.
     fn pop(&mut self, now: Duration, largest: usize, busy: bool) -> Option<Bytes> {
-        if let Some(ack) = self.receiver.pop_ack() {
+        let due = self.sender.next_due().filter(|(at, _)| *at <= now);
+        let copy = due.is_some_and(|(_, apart)| apart);
+        // A copy that finds the buffer empty needs no length: what follows may share its packet.
+        if (busy || !copy)
+            && let Some(ack) = self.receiver.pop_ack(now)
+        {
             return Some(ack);
         }
-        let (at, apart) = self.sender.next_due()?;
-        if at > now {
-            return None;
-        }
-        self.sender.pop(if apart && busy { largest } else { 0 })
+        due?;
+        self.sender.pop(if copy && busy { largest } else { 0 })
     }
 }
 

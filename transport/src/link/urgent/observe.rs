@@ -22,9 +22,9 @@ pub struct Network {
 }
 
 /// Packets that make a sample of QUIC's loss.
-const SAMPLE: u64 = 200;
+const SAMPLE: u64 = 500;
 /// Weight of such a sample.
-const WEIGHT: f64 = 0.2;
+const WEIGHT: f64 = 0.1;
 /// Loss assumed before anything was measured, with the weight of this many pieces.
 const ASSUMED_LOSS: f64 = 0.01;
 const ASSUMED_PIECES: f64 = 50.0;

@@ -3,12 +3,17 @@
 //! that the caller has accounted for.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::UrgentStats;
 use super::parcel::join;
 use super::wire::{Acked, MAX_ACKED, Malformed, Piece, Shape, WINDOW, encode_ack};
+
+/// Time after which an acknowledgement is repeated, should none have followed it: the loss of one must
+/// not look like the loss of a parcel.
+const REPEAT: Duration = Duration::from_millis(3);
 
 /// See the module's text.
 #[derive(Debug, Default)]
@@ -20,7 +25,10 @@ pub struct Receiver {
     partial: BTreeMap<u64, Partial>,
     /// Those that arrived last, the newest at the back.
     recent: VecDeque<Acked>,
-    ack_due: bool,
+    /// When an acknowledgement is to go out: at once for something new, later once more.
+    ack_at: Option<Duration>,
+    /// Whether the next acknowledgement is the second of the same.
+    repeat: bool,
     pub(super) stats: UrgentStats,
 }
 
@@ -106,7 +114,7 @@ impl Receiver {
     pub fn streamed(&mut self, id: u64) -> Result<Streamed, Malformed> {
         if self.has(id)? {
             self.stats.duplicates += 1;
-            self.ack_due = true;
+            self.acknowledge();
             return Ok(Streamed {
                 fresh: false,
                 released: 0,
@@ -125,9 +133,10 @@ impl Receiver {
     }
 
     /// The acknowledgement that is due.
-    pub fn pop_ack(&mut self) -> Option<Bytes> {
-        if !std::mem::take(&mut self.ack_due) || self.recent.is_empty() {
-            return None;
+    pub fn pop_ack(&mut self, now: Duration) -> Option<Bytes> {
+        self.ack_at.take_if(|at| *at <= now)?;
+        if !std::mem::replace(&mut self.repeat, true) {
+            self.ack_at = Some(now + REPEAT);
         }
         let newest = self.recent.iter().map(|acked| acked.id).max()?;
         // Old ones that were repeated may be far from the newest, but never that far.
@@ -139,9 +148,9 @@ impl Receiver {
         Some(datagram)
     }
 
-    /// Whether an acknowledgement is due.
-    pub fn ack_due(&self) -> bool {
-        self.ack_due
+    /// When the next acknowledgement is due.
+    pub fn next_ack(&self) -> Option<Duration> {
+        self.ack_at
     }
 
     /// What was received.
@@ -169,7 +178,7 @@ impl Receiver {
             self.floor += 1;
         }
         self.remember(Acked { id, seen });
-        self.ack_due = true;
+        self.acknowledge();
     }
 
     /// A piece of a parcel that has arrived already.
@@ -181,14 +190,19 @@ impl Receiver {
             // Tried again: the sender has not heard.
             Some(_) => {
                 self.stats.duplicates += 1;
-                self.ack_due = true;
+                self.acknowledge();
             }
             None => {
                 self.stats.duplicates += 1;
                 self.remember(Acked { id, seen: bit });
-                self.ack_due = true;
+                self.acknowledge();
             }
         }
+    }
+
+    fn acknowledge(&mut self) {
+        self.ack_at = Some(Duration::ZERO);
+        self.repeat = false;
     }
 
     fn remember(&mut self, acked: Acked) {
@@ -214,7 +228,7 @@ mod tests {
     }
 
     fn acked(receiver: &mut Receiver) -> Vec<Acked> {
-        match decode(&receiver.pop_ack().unwrap()) {
+        match decode(&receiver.pop_ack(Duration::ZERO).unwrap()) {
             Ok(Datagram::Ack(acked)) => acked,
             other => panic!("{other:?}"),
         }
@@ -240,7 +254,10 @@ mod tests {
                 seen: 0b11_1101
             }]
         );
-        assert_eq!(receiver.pop_ack(), None);
+        assert_eq!(receiver.pop_ack(Duration::ZERO), None);
+        // Once more, in case that one is lost; not for ever.
+        assert!(receiver.pop_ack(REPEAT).is_some());
+        assert_eq!(receiver.next_ack(), None);
         assert_eq!(receiver.stats().repaired, 1);
         assert_eq!(receiver.stats().duplicates, 0);
         // Tried again: acknowledged again.

@@ -131,15 +131,15 @@ impl Sender {
         self.observer.network(now, network);
     }
 
-    /// When the next datagram may go out, and whether it is one that must not share a packet with
-    /// what was sent just before.
+    /// When the next datagram may go out, and whether it is a short one that must not share a packet
+    /// with the one that it repeats.
     pub fn next_due(&mut self) -> Option<(Duration, bool)> {
         loop {
             let (&(at, number), &(id, index)) = self.due.first_key_value()?;
             // What has been acknowledged meanwhile, or is on a stream, is not sent any more.
             let wanted = self.outstanding.get(&id);
-            if wanted.is_some_and(|parcel| parcel.deadline.is_some()) {
-                return Some((at, index > 0));
+            if let Some(parcel) = wanted.filter(|parcel| parcel.deadline.is_some()) {
+                return Some((at, index > 0 && parcel.shape.data == 1));
             }
             self.due.remove(&(at, number));
         }
@@ -390,7 +390,7 @@ mod tests {
         assert_eq!(sender.send(ms(0), 17, page(), &NETWORK), Some(0));
         assert_eq!(drain(&mut sender, ms(0)).len(), 4);
         let (at, apart) = sender.next_due().unwrap();
-        assert!(apart && at > ms(0) && at <= ms(5), "{at:?}");
+        assert!(!apart && at > ms(0) && at <= ms(5), "{at:?}");
         let parity = drain(&mut sender, ms(5)).len();
         assert!((1..=4).contains(&parity));
         assert_eq!(sender.next_due(), None);
