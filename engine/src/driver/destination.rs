@@ -29,6 +29,9 @@ use crate::session::io::{
 /// Inputs that may wait for the machine.
 const INPUTS: usize = 4096;
 
+/// Faults given to the machine at once: as many as go in one message.
+const FAULTS: usize = 64;
+
 /// How long a new link may take to say who it is.
 const FIRST_WORD: Duration = Duration::from_secs(30);
 
@@ -281,6 +284,7 @@ impl Driver {
     ) -> DestinationOutcome {
         let mut measure = interval(MEASURE);
         measure.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut next = None;
         loop {
             if let Some(outcome) = self.obey() {
                 return outcome;
@@ -288,6 +292,9 @@ impl Driver {
             let deadline = self.machine.poll_timeout().map(|at| self.started + at);
             let input = tokio::select! {
                 biased;
+                input = std::future::ready(next.take()), if next.is_some() => {
+                    input.expect("checked before")
+                }
                 input = queue.recv() => input.expect("the driver itself holds a sender"),
                 () = wait_until(deadline) => DestinationInput::Timeout,
                 reason = cancelled(cancel) => DestinationInput::Cancel { reason },
@@ -307,8 +314,27 @@ impl Driver {
                 // The word of a link that was let go comes late, when another may serve already.
                 self.tasks.take_if(|tasks| tasks.is_over());
             }
+            let fault = matches!(input, DestinationInput::Fault { .. });
             self.handle(input);
+            if fault {
+                next = self.more_faults(queue);
+            }
         }
+    }
+
+    /// Gives the machine the faults that wait already, so that they go in one message; the first input
+    /// that is something else.
+    fn more_faults(
+        &mut self,
+        queue: &mut mpsc::Receiver<DestinationInput>,
+    ) -> Option<DestinationInput> {
+        for _ in 0..FAULTS {
+            match queue.try_recv().ok()? {
+                fault @ DestinationInput::Fault { .. } => self.handle(fault),
+                other => return Some(other),
+            }
+        }
+        None
     }
 
     fn handle(&mut self, input: DestinationInput) {

@@ -7,7 +7,7 @@
 //!   order in which the machine gave them, and each is answered exactly once, by its own answer or
 //!   by `Failed`, in that order. The one exception is [`DestinationCommand::Abandon`], which see.
 //! - After every input and after every call of `poll_chunk` the commands are polled until there is
-//!   none.
+//!   none. Only faults may be given several at a time: they go in one message then.
 //! - Messages sent before `Finish` or `CloseLink` are delivered, or their connection is lost, before
 //!   the link is closed: they may be what tells the peer who owns the guest.
 //! - A link that a `CloseLink` named is gone for the machine at once; a `Disconnected` for it may

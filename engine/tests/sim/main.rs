@@ -59,6 +59,9 @@ fn hybrid_moves_over_a_link_that_holds() {
 fn postcopy_moves_over_a_link_that_holds() {
     let tally = run(1000, |seed| Scenario::quiet(seed, Mode::Postcopy));
     assert_eq!(tally.moved, tally.total, "{tally}");
+    // Some blocks are on their way when they are asked for, and not all of those are sent twice.
+    let met = tally.on_the_way > 0 && tally.on_the_way < tally.faults;
+    assert!(single() || met, "{tally}");
 }
 
 #[test]

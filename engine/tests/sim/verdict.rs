@@ -117,6 +117,7 @@ pub struct Tally {
     pub resumed_links: u64,
     pub rounds: u64,
     pub faults: u64,
+    pub on_the_way: u64,
     pub rejected: u64,
     pub left_behind: u64,
 }
@@ -140,6 +141,7 @@ impl Tally {
         self.resumed_links += u64::from(end.figures.reconnects);
         self.rounds += end.figures.rounds.len() as u64;
         self.faults += end.figures.faults;
+        self.on_the_way += end.figures.faults_on_the_way;
         self.rejected += end.figures.rejected;
         self.left_behind += end.figures.behind;
         if end.source_crashed || end.destination_crashed {
@@ -153,7 +155,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} runs: {} moved, {} stayed, {} not converged, {} in doubt, {} incomplete, {} failed, \
-             {} with a crash; {} rounds, {} blocks left behind, {} faults, {} rejected records, {} \
+             {} with a crash; {} rounds, {} blocks left behind, {} faults ({} on the way), {} rejected records, {} \
              resumed links",
             self.total,
             self.moved,
@@ -166,6 +168,7 @@ impl fmt::Display for Tally {
             self.rounds,
             self.left_behind,
             self.faults,
+            self.on_the_way,
             self.rejected,
             self.resumed_links
         )

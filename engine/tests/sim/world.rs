@@ -418,7 +418,7 @@ impl World {
                         rtt: 2 * self.scenario.delay,
                         min_rtt: 2 * self.scenario.delay,
                         bandwidth: self.scenario.bandwidth as f64,
-                        loss: 0.0,
+                        loss: self.scenario.loss.mean(),
                     };
                     self.source_input(SourceInput::Link(figures));
                 }

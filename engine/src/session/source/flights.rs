@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::on_the_way::{self, OnTheWay, Path};
 use super::{ChunkBody, ChunkKind, Flight, MAX_FLIGHTS, SourceMachine};
 use crate::blocks::RegionId;
 use crate::session::io::{Chunk, Lane, Refer};
@@ -34,6 +35,10 @@ impl SourceMachine {
             }
             _ => None,
         };
+        let numbers = contents.iter().flat_map(|(_, blocks)| blocks);
+        let span = numbers.fold((u32::MAX, 0), |(first, last), block| {
+            (first.min(*block), last.max(*block))
+        });
         self.figures.count(kind).blocks += blocks;
         self.figures.count(kind).chunks += 1;
         self.in_flight_bytes += bytes;
@@ -46,6 +51,8 @@ impl SourceMachine {
                 kind,
                 blocks,
                 contents,
+                span,
+                arrival: Duration::ZERO,
             },
         );
         Chunk {
@@ -54,6 +61,49 @@ impl SourceMachine {
             lane,
             body,
             refer,
+        }
+    }
+
+    /// A chunk goes to the data plane: from now on it is on its way.
+    pub(super) fn handed_out(&mut self, now: Duration, batch: u64) {
+        let path = self.path();
+        let in_flight = self.in_flight_bytes;
+        if let Some(flight) = self.flights.get_mut(&batch) {
+            let ahead = match flight.kind {
+                // Goes before all that is bulk; there is not much of it.
+                ChunkKind::Prefetch | ChunkKind::Urgent => flight.bytes,
+                _ => in_flight,
+            };
+            flight.arrival = on_the_way::arrival(now, ahead, &path);
+        }
+    }
+
+    /// Whether the block is on its way and will be there at least as soon as a copy sent now.
+    pub(super) fn comes_anyway(&self, now: Duration, region: RegionId, block: u32) -> bool {
+        let path = self.path();
+        self.flights.values().rev().any(|flight| {
+            let Some((place, blocks)) = &flight.contents else {
+                return false;
+            };
+            let (first, last) = flight.span;
+            let batch = OnTheWay {
+                arrival: flight.arrival,
+                bytes: flight.bytes,
+            };
+            matches!(flight.kind, ChunkKind::Push | ChunkKind::Prefetch)
+                && !flight.applied
+                && *place == region
+                && (first..=last).contains(&block)
+                && blocks.contains(&block)
+                && !on_the_way::worth_a_copy(now, &batch, &path)
+        })
+    }
+
+    fn path(&self) -> Path {
+        Path {
+            rtt: self.estimator.rtt(),
+            bandwidth: self.estimator.bandwidth(),
+            loss: self.estimator.link_figures().loss,
         }
     }
 

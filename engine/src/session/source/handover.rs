@@ -221,7 +221,7 @@ impl SourceMachine {
 
     /// The destination's requests must be for blocks that exist, and only when ownership has been
     /// sent: before it nothing can be missing there.
-    pub(super) fn fetch(&mut self, region: RegionId, blocks: &[u32]) {
+    pub(super) fn fetch(&mut self, now: Duration, region: RegionId, blocks: &[u32]) {
         match self.state {
             State::Offered | State::Accepting | State::PostCopy => {}
             State::Completing | State::Releasing | State::Declining | State::Thawing => return,
@@ -239,7 +239,7 @@ impl SourceMachine {
             return;
         }
         for block in blocks {
-            self.requested(region, *block);
+            self.requested(now, region, *block);
         }
     }
 }

@@ -26,7 +26,7 @@ impl SourceMachine {
                 self.accepted(now);
             }
             Message::Declined(refusal) => self.declined(refusal),
-            Message::Fetch { region, blocks } => self.fetch(region, &blocks),
+            Message::Fetch { region, blocks } => self.fetch(now, region, &blocks),
             Message::AllPlaced(summary) => {
                 self.figures.destination = Some(summary);
                 self.all_placed(now);

@@ -10,6 +10,7 @@ mod flights;
 mod handover;
 mod link;
 mod messages;
+mod on_the_way;
 mod postcopy;
 mod precopy;
 mod progress;
@@ -117,6 +118,10 @@ struct Flight {
     blocks: u64,
     /// Blocks that must come again if the link is lost: of chunks after the freeze only.
     contents: Option<(RegionId, Vec<u32>)>,
+    /// The first and the last of these.
+    span: (u32, u32),
+    /// When it arrives if nothing of it is lost.
+    arrival: Duration,
 }
 
 /// Why a chunk went out, for the figures.
@@ -135,8 +140,6 @@ enum ChunkKind {
 const MAX_FLIGHTS: usize = 4096;
 /// Length of a piece of the device state.
 const STATE_PIECE: u64 = 64 * 1024;
-/// Blocks per chunk on the urgent lane.
-const URGENT_BLOCKS: usize = 4;
 /// Neighbourhoods of faults that wait to be prefetched.
 const MAX_PREFETCH: usize = 64;
 
@@ -334,7 +337,8 @@ impl SourceMachine {
             Lane::Freeze => self.freeze_chunk(),
             Lane::Bulk => self.bulk_chunk(),
         };
-        if chunk.is_some() {
+        if let Some(chunk) = &chunk {
+            self.handed_out(now, chunk.batch);
             self.advance(now);
         }
         chunk

@@ -4,9 +4,7 @@ use std::time::Duration;
 
 use hybridmig_transport::message::Message;
 
-use super::{
-    ChunkBody, ChunkKind, Lane, MAX_PREFETCH, RegionId, SourceMachine, State, URGENT_BLOCKS,
-};
+use super::{ChunkBody, ChunkKind, Lane, MAX_PREFETCH, RegionId, SourceMachine, State};
 use crate::plan;
 use crate::session::io::{Chunk, Refer, SourceCommand, SourceOutcome, SourceRecord};
 
@@ -18,12 +16,15 @@ impl SourceMachine {
         }
     }
 
-    /// The guest at the destination waits for this block. It is answered even if it was pushed
-    /// already: the push may wait behind others. Around it, the rest follows on the freeze lane.
-    pub(super) fn requested(&mut self, region: RegionId, block: u32) {
+    /// The guest at the destination waits for this block. It is answered at once, unless it was pushed
+    /// already and will be there before an answer could be: the push may wait behind others, or lack a
+    /// packet. Around it, the rest follows on the freeze lane.
+    pub(super) fn requested(&mut self, now: Duration, region: RegionId, block: u32) {
         self.figures.faults += 1;
-        self.remaining.remove(region, block);
-        if self.urgent_set.insert(region, block) {
+        let left = self.remaining.remove(region, block);
+        if !left && self.comes_anyway(now, region, block) {
+            self.figures.faults_on_the_way += 1;
+        } else if self.urgent_set.insert(region, block) {
             self.urgent.push_back((region, block));
         }
         self.order.faulted(region, block);
@@ -38,20 +39,15 @@ impl SourceMachine {
         }
     }
 
+    /// One block: it is as long as a few packets, and each block more would keep the guest waiting for
+    /// those of the others; each is repaired and acknowledged by itself.
     pub(super) fn urgent_chunk(&mut self) -> Option<Chunk> {
         if self.flights.len() >= 8 * super::MAX_FLIGHTS {
             return None;
         }
-        let (region, first) = self.urgent.pop_front()?;
-        let mut blocks = vec![first];
-        while blocks.len() < URGENT_BLOCKS
-            && self.urgent.front().is_some_and(|(next, _)| *next == region)
-        {
-            blocks.extend(self.urgent.pop_front().map(|(_, block)| block));
-        }
-        for block in &blocks {
-            self.urgent_set.remove(region, *block);
-        }
+        let (region, block) = self.urgent.pop_front()?;
+        self.urgent_set.remove(region, block);
+        let blocks = vec![block];
         let body = ChunkBody::Blocks { region, blocks };
         Some(self.chunk(Lane::Urgent, ChunkKind::Urgent, body, Refer::Nothing))
     }

@@ -93,6 +93,8 @@ pub struct SourceFigures {
     pub rejected: u64,
     /// Blocks that the destination asked for.
     pub faults: u64,
+    /// Of these: blocks that were on their way already, and sooner there than an answer.
+    pub faults_on_the_way: u64,
     /// Times the link came back.
     pub reconnects: u32,
     /// Distinct blocks dirtied per second, in the last round.
