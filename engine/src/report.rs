@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use hybridmig_transport::UrgentStats;
 use hybridmig_transport::message::{
     DestinationSummary, GuestDescription, Mode, RegionInfo, ResumeTimings, SessionId,
 };
@@ -188,7 +189,11 @@ pub struct Faults {
     pub network: u64,
     /// Faults answered at the destination.
     pub local: u64,
-    /// Latency of the former: (upper bound in ms, upper bound in units of the smallest RTT, count).
+    /// Of `network`: blocks that were on their way already, so that the source did not send them again
+    /// (source only).
+    #[serde(default)]
+    pub on_the_way: u64,
+    /// Latency of the network faults: (upper bound in ms, upper bound in units of the smallest RTT, count).
     pub latency: Vec<(f64, f64, u64)>,
     /// Median and 99th percentile in ms.
     pub p50_ms: f64,
@@ -223,6 +228,7 @@ impl Faults {
         Self {
             network: summary.faults,
             local: summary.local_faults,
+            on_the_way: 0,
             latency: summary
                 .fault_latency_us
                 .iter()
@@ -260,6 +266,9 @@ pub struct Link {
     pub received_bytes: u64,
     /// Times that the link was lost and came back.
     pub reconnects: u32,
+    /// What the urgent lane's datagrams have done, on the last connection.
+    #[serde(default)]
+    pub urgent: UrgentStats,
 }
 
 impl From<LinkFigures> for Link {
@@ -272,6 +281,7 @@ impl From<LinkFigures> for Link {
             sent_bytes: 0,
             received_bytes: 0,
             reconnects: 0,
+            urgent: UrgentStats::default(),
         }
     }
 }

@@ -220,6 +220,7 @@ fn link_report(link: &Link, reconnects: u32) -> crate::report::Link {
         sent_bytes: stats.sent_bytes,
         received_bytes: stats.received_bytes,
         reconnects,
+        urgent: stats.urgent,
         ..figures(link).into()
     }
 }

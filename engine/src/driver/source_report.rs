@@ -136,7 +136,10 @@ pub fn build(facts: &Facts<'_>, sampler: &Sampler) -> Report {
         fill_speed(&mut report, &marks, sampler, freeze, running);
     }
     if let Some((_, summary)) = &marks.summary {
-        report.faults = Some(Faults::from_summary(summary, min_rtt));
+        report.faults = Some(Faults {
+            on_the_way: facts.plane.machine().figures().faults_on_the_way,
+            ..Faults::from_summary(summary, min_rtt)
+        });
         report.verified = summary.verified.clone().map(Verified::from);
     }
     report
