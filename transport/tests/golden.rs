@@ -95,3 +95,33 @@ fn batches() {
     let state = encoder.encode_state(header(301), 512, b"state").unwrap();
     assert_eq!(hex(&state.bytes[..17]), STATE);
 }
+
+#[test]
+fn datagrams() {
+    use hybridmig_transport::link::urgent::parcel::split;
+    use hybridmig_transport::link::urgent::wire::{Acked, Shape, encode_ack};
+    let mut shape = Shape::of(9, b"fetch");
+    shape.parity = 1;
+    let pieces = split(258, shape, b"fetch").unwrap();
+    assert_eq!(hex(&pieces[1].encode(32)), PIECE);
+    let acked = [Acked { id: 258, seen: 3 }, Acked { id: 256, seen: 1 }];
+    assert_eq!(hex(&encode_ack(&acked)), ACK);
+    // Parity is part of the wire: here of 2 + 2 pieces.
+    let contents: Vec<u8> = (0..1500_u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    let mut shape = Shape::of(17, &contents);
+    shape.parity = 2;
+    let pieces = split(0, shape, &contents).unwrap();
+    let starts: Vec<String> = pieces.iter().map(|piece| hex(&piece.bytes[..8])).collect();
+    assert_eq!(starts, STARTS);
+}
+
+const PIECE: &str = "0102010000000000000905000101010027eb8c0aa1c36a4b6665746368000000";
+const ACK: &str = "02020201000000000000000003000000020001000000";
+const STARTS: [&str; 4] = [
+    "00bb7733efab6622",
+    "34efab6723df9a56",
+    "c167d51254b4073a",
+    "f533094698c0fb4e",
+];

@@ -9,7 +9,7 @@ use hybridmig_netem::LinkSpec;
 use hybridmig_netem::model::Link;
 use hybridmig_transport::link::urgent::observe::Network;
 use hybridmig_transport::link::urgent::receiver::Receiver;
-use hybridmig_transport::link::urgent::sender::{Fallback, Sender};
+use hybridmig_transport::link::urgent::sender::{Backlog, Fallback, Sender};
 use hybridmig_transport::link::urgent::wire::{Datagram, decode};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -193,7 +193,7 @@ impl World {
                     Packet::Urgent(datagram) => self.arrive(1 - from, &datagram),
                 }
             }
-            for fallback in self.sides[from].sender.timeout(now, false) {
+            for fallback in self.sides[from].sender.timeout(now, Backlog::None) {
                 // A stream in QUIC: comes again until it is there.
                 let mut at = now + self.rtt * 6 / 10;
                 while self.rng.random_bool(0.05)

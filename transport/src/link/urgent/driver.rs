@@ -16,7 +16,7 @@ use super::super::{Shared, kind};
 use super::UrgentStats;
 use super::observe::Network;
 use super::receiver::Receiver;
-use super::sender::{Fallback, Sender};
+use super::sender::{Backlog, Fallback, Sender};
 use super::wire::{Datagram, HEADER, MAX_PIECE, Malformed, decode};
 use crate::lane::Lane;
 
@@ -179,9 +179,15 @@ impl Urgent {
             machines.broken = true;
             return (Next::Wait(None), machines.sender.give_up());
         };
-        let blocked = self.flush(&mut machines, now);
+        // Before anything new is given to it.
+        let idle = self.shared.connection.datagram_send_buffer_space() >= self.room;
+        let backlog = match (self.flush(&mut machines, now), idle) {
+            (true, _) => Backlog::Full,
+            (false, false) => Backlog::Some,
+            (false, true) => Backlog::None,
+        };
         machines.sender.network(now, &network);
-        let fallbacks = machines.sender.timeout(now, blocked);
+        let fallbacks = machines.sender.timeout(now, backlog);
         // What is tried again is due at once.
         let blocked = self.flush(&mut machines, now);
         if blocked && let Some(datagram) = machines.pop(now, largest, true) {

@@ -18,6 +18,8 @@ const TRIES: u8 = 2;
 const LATE: f64 = 1.5;
 /// … and this, for the wake-ups on both sides.
 const LATE_MARGIN: Duration = Duration::from_millis(5);
+/// Time between two looks at a backlog on this side.
+const BACKLOG_WAIT: Duration = Duration::from_millis(2);
 /// Growth of the patience after a try that was not needed, its bound, and its return.
 const CALM: f64 = 1.5;
 const MAX_CALM: f64 = 4.0;
@@ -36,6 +38,17 @@ pub struct Fallback {
     pub kind: u8,
     /// The contents.
     pub contents: Bytes,
+}
+
+/// What waits for QUIC on this side, of all that was given to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backlog {
+    /// Nothing: what was sent is on the network.
+    None,
+    /// Something, which may or may not be what is late.
+    Some,
+    /// As much as may.
+    Full,
 }
 
 /// See the module's text.
@@ -69,6 +82,8 @@ struct Outstanding {
     tries: u8,
     /// When the acknowledgement is late; none for what is on a stream.
     deadline: Option<Duration>,
+    /// How long that was put off because this side had a backlog.
+    put_off: Duration,
 }
 
 /// An acknowledged parcel.
@@ -118,6 +133,7 @@ impl Sender {
                 tried: now,
                 tries: 0,
                 deadline: None,
+                put_off: Duration::ZERO,
             },
         );
         self.attempt(now, id);
@@ -199,25 +215,32 @@ impl Sender {
         Ok(done)
     }
 
-    /// Tries again what is late; what must go on a stream instead. `blocked` says that datagrams of
-    /// before are still waiting on this side, so that nothing can be late.
-    pub fn timeout(&mut self, now: Duration, blocked: bool) -> Vec<Fallback> {
-        let late = |parcel: &Outstanding| parcel.deadline.is_some_and(|at| at <= now);
-        let ids: Vec<u64> = self
-            .outstanding
-            .iter()
-            .filter(|(_, parcel)| late(parcel))
-            .map(|(id, _)| *id)
-            .collect();
+    /// Tries again what is late; what must go on a stream instead. Nothing is late that may still wait
+    /// on this side: a congestion control that yields must not make a storm of repeats.
+    pub fn timeout(&mut self, now: Duration, backlog: Backlog) -> Vec<Fallback> {
+        let srtt = self.srtt;
+        let mut late = Vec::new();
+        for (id, parcel) in &mut self.outstanding {
+            let Some(deadline) = parcel.deadline.filter(|at| *at <= now) else {
+                continue;
+            };
+            let wait = match backlog {
+                Backlog::None => Duration::ZERO,
+                // Others' pieces may be what waits: for a round trip only.
+                Backlog::Some if parcel.put_off >= srtt => Duration::ZERO,
+                Backlog::Some => BACKLOG_WAIT,
+                Backlog::Full => (srtt / 4).max(LATE_MARGIN),
+            };
+            if wait.is_zero() {
+                late.push((*id, parcel.tries));
+            } else {
+                parcel.put_off += wait + now.saturating_sub(deadline);
+                parcel.deadline = Some(now + wait);
+            }
+        }
         let mut fallbacks = Vec::new();
-        for id in ids {
-            let tries = self.outstanding.get(&id).map_or(0, |parcel| parcel.tries);
-            if blocked {
-                let at = now + (self.srtt / 4).max(LATE_MARGIN);
-                if let Some(parcel) = self.outstanding.get_mut(&id) {
-                    parcel.deadline = Some(at);
-                }
-            } else if tries < TRIES {
+        for (id, tries) in late {
+            if tries < TRIES {
                 self.stats.retries += 1;
                 self.attempt(now, id);
             } else {
@@ -265,6 +288,7 @@ impl Sender {
         };
         parcel.tries += 1;
         parcel.tried = now;
+        parcel.put_off = Duration::ZERO;
         for piece in &parcel.pieces {
             let at = now + parcel.offset(piece.index);
             self.due.insert((at, self.queued), (id, piece.index));
@@ -404,7 +428,7 @@ mod tests {
         let mut fallbacks = Vec::new();
         let mut tries = 1;
         while let Some(at) = sender.next_timeout() {
-            fallbacks.extend(sender.timeout(at, false));
+            fallbacks.extend(sender.timeout(at, Backlog::None));
             tries += usize::from(!drain(&mut sender, at + ms(10)).is_empty());
             assert!(tries <= 2);
         }
@@ -437,9 +461,16 @@ mod tests {
         sender.send(ms(0), 17, page(), &NETWORK);
         for _ in 0..20 {
             let at = sender.next_timeout().unwrap();
-            assert_eq!(sender.timeout(at, true), []);
+            assert_eq!(sender.timeout(at, Backlog::Full), []);
         }
         assert_eq!(sender.stats().retries, 0);
+        // Where others keep this side busy, it is late in the end.
+        let from = sender.next_timeout().unwrap();
+        while sender.stats().retries == 0 {
+            let at = sender.next_timeout().unwrap();
+            assert!(at < from + ms(120));
+            sender.timeout(at, Backlog::Some);
+        }
     }
 
     #[test]
@@ -451,7 +482,7 @@ mod tests {
             let id = sender.send(now, 17, page(), &NETWORK).unwrap();
             let late = sender.next_timeout().unwrap();
             waits.push(late.saturating_sub(now));
-            sender.timeout(late, false);
+            sender.timeout(late, Backlog::None);
             let acked = [Acked { id, seen: 15 }];
             sender.acknowledged(late + ms(20), &acked).unwrap();
         }
