@@ -1,6 +1,6 @@
 //! The source's data plane: takes chunks from the machine, reads the guest, encodes, sends. One
-//! thread encodes what is urgent or frozen, another the bulk, so that a page that the guest waits
-//! for never stands behind a bulk batch.
+//! thread encodes what is urgent, another what is frozen, a third the bulk, each with a way of its own to
+//! the link, so that a page that the guest waits for never stands behind any other batch.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -20,7 +20,7 @@ use crate::guest::SourceGuest;
 use crate::session::io::{Chunk, ChunkBody, Lane, Phase, SourceCommand, SourceInput};
 use crate::session::source::{SourceMachine, SourceProgress};
 
-/// Batches that may wait, encoded, for the transport, on each of the two ways. The machine bounds
+/// Batches that may wait, encoded, for the transport, on each of the ways. The machine bounds
 /// what is in flight; this only keeps encoder and link from waiting for each other.
 const ENCODED: usize = 4;
 
@@ -65,6 +65,7 @@ pub struct DataPlane {
 
 #[derive(Clone)]
 struct Exits {
+    urgent: mpsc::Sender<Encoded>,
     front: mpsc::Sender<Encoded>,
     bulk: mpsc::Sender<Encoded>,
 }
@@ -106,7 +107,8 @@ impl DataPlane {
             threads: Mutex::new(Vec::new()),
         });
         for (name, lanes) in [
-            ("encode-front", &[Lane::Urgent, Lane::Freeze][..]),
+            ("encode-urgent", &[Lane::Urgent][..]),
+            ("encode-front", &[Lane::Freeze][..]),
             ("encode-bulk", &[Lane::Bulk][..]),
         ] {
             let worker = plane.clone();
@@ -213,10 +215,15 @@ impl DataPlane {
 
     /// Sends over this link from now on, until it is gone.
     pub fn serve(self: Arc<Self>, link: &Link, tasks: &mut LinkTasks) {
+        let (urgent, urgent_queue) = mpsc::channel(ENCODED * 4);
         let (front, front_queue) = mpsc::channel(ENCODED * 4);
         let (bulk, bulk_queue) = mpsc::channel(ENCODED);
-        *self.exits.lock().expect("not poisoned") = Some(Exits { front, bulk });
-        for queue in [front_queue, bulk_queue] {
+        *self.exits.lock().expect("not poisoned") = Some(Exits {
+            urgent,
+            front,
+            bulk,
+        });
+        for queue in [urgent_queue, front_queue, bulk_queue] {
             tasks.spawn(send_loop(link.clone(), queue, self.inputs.clone()));
         }
         tasks.spawn(receive_loop(link.clone(), self.inputs.clone()));
@@ -352,10 +359,10 @@ impl DataPlane {
     fn hand_on(&self, encoded: Encoded) {
         let exits = self.exits.lock().expect("not poisoned").clone();
         let Some(exits) = exits else { return };
-        let exit = if encoded.lane == Lane::Bulk {
-            exits.bulk
-        } else {
-            exits.front
+        let exit = match encoded.lane {
+            Lane::Bulk => exits.bulk,
+            Lane::Urgent => exits.urgent,
+            Lane::Control | Lane::Freeze => exits.front,
         };
         if exit.blocking_send(encoded).is_err() {
             tracing::debug!("a batch was dropped with its link");
