@@ -107,6 +107,7 @@ impl Controller for AdaptiveController {
         lost_bytes: u64,
     ) {
         self.core.on_loss(lost_bytes);
+        self.steering.set_loss_burst(self.core.burst());
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {

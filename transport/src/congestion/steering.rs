@@ -1,5 +1,5 @@
-//! What may be told to a congestion controller from outside while it works: QUIC owns the controller and
-//! lends it to nobody, so that it looks here.
+//! What a congestion controller and those around it tell each other while it works: QUIC owns the controller
+//! and lends it to nobody, so that both look here.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,6 +12,8 @@ pub struct Steering {
     rate_limit: AtomicU64,
     /// Microseconds from `origin` to the last sign of a guest that waits, and 1; 0 for never.
     urgent: AtomicU64,
+    /// Packets that are lost together, times 256; 0 while nobody knows. Told by the controller.
+    burst: AtomicU64,
 }
 
 impl Steering {
@@ -21,6 +23,7 @@ impl Steering {
             origin: Instant::now(),
             rate_limit: AtomicU64::new(rate_limit.unwrap_or(0)),
             urgent: AtomicU64::new(0),
+            burst: AtomicU64::new(0),
         }
     }
 
@@ -37,6 +40,18 @@ impl Steering {
         // A cap of nothing would be no cap.
         let limit = limit.map_or(0, |limit| limit.max(1));
         self.rate_limit.store(limit, Ordering::Relaxed);
+    }
+
+    /// Packets that are lost together, on average, if the controller knows.
+    pub fn loss_burst(&self) -> Option<f64> {
+        let burst = self.burst.load(Ordering::Relaxed);
+        (burst > 0).then_some(burst as f64 / 256.0)
+    }
+
+    /// The controller says that so many packets are lost together, on average.
+    pub fn set_loss_burst(&self, packets: f64) {
+        self.burst
+            .store((packets * 256.0) as u64, Ordering::Relaxed);
     }
 
     /// Something that a guest waits for is being sent, or was asked for.
@@ -71,5 +86,8 @@ mod tests {
         assert!(steering.since_urgent(now).is_some());
         let later = Instant::now() + Duration::from_secs(5);
         assert!(steering.since_urgent(later).unwrap() >= Duration::from_secs(4));
+        assert_eq!(steering.loss_burst(), None);
+        steering.set_loss_burst(1.5);
+        assert_eq!(steering.loss_burst(), Some(1.5));
     }
 }

@@ -83,7 +83,7 @@ impl Urgent {
             min_rtt: path.min_rtt,
             sent_packets: path.sent_packets,
             lost_packets: path.lost_packets,
-            burst: None,
+            burst: self.shared.steering.loss_burst(),
         }
     }
 
