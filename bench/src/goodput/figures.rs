@@ -29,7 +29,7 @@ pub struct Figures {
     pub sent_per_received: f64,
     /// Mean length of the packets sent, over the second half.
     pub mean_packet: f64,
-    /// The faults.
+    /// The faults that were answered in the second half.
     pub latencies: Option<Latencies>,
 }
 

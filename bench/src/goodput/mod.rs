@@ -265,6 +265,8 @@ fn watch(
     link.restart_timeline();
     let start = Instant::now();
     let mut points = Vec::new();
+    // Faults of the first half are not counted, as its goodput is not.
+    let mut early = None;
     loop {
         let sent = link.traffic().forward;
         let at = start.elapsed().as_secs_f64();
@@ -274,6 +276,9 @@ fn watch(
             sent_bytes: sent.bytes,
             sent_packets: sent.packets,
         });
+        if at >= plan.seconds / 2.0 && early.is_none() {
+            early = Some(flow.latencies().len());
+        }
         if at >= plan.seconds {
             break;
         }
@@ -285,7 +290,7 @@ fn watch(
         std::thread::sleep(SAMPLE);
     }
     let rate = spec.forward.rate.context("a link with a rate is needed")?;
-    let latencies = flow.latencies();
+    let latencies = flow.latencies().split_off(early.unwrap_or(0));
     drop(flow);
     figures::of(
         &points,

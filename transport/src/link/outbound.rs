@@ -23,6 +23,8 @@ const OPEN_STREAMS: u32 = 1024;
 /// Bulk bytes beyond what the network holds that QUIC may have: what is queued there cannot be
 /// taken back, and delays the end of a pass.
 const BULK_AHEAD: u64 = 1 << 20;
+/// Windows of bulk bytes in flight and on their way to be acknowledged.
+const IN_FLIGHT: f64 = 2.0;
 /// QUIC's and UDP's share beside the contents, for the rate limit.
 const OVERHEAD: f64 = 1.05;
 
@@ -156,9 +158,7 @@ impl Outbound {
 
     fn try_enter(&self, lane: Lane, gate: usize, len: u64) -> bool {
         let ahead = match lane {
-            // A stream counts until its last lost packet has come again, so that a full network
-            // needs more than its window.
-            Lane::Bulk => self.shared.connection.stats().path.cwnd * 5 / 2 + BULK_AHEAD,
+            Lane::Bulk => self.bulk_ahead(),
             _ => u64::MAX,
         };
         let mut state = self.gates[gate].lock();
@@ -171,6 +171,16 @@ impl Outbound {
             state.open += 1;
         }
         fits
+    }
+
+    /// Unacknowledged bulk bytes that a full network needs. A stream counts until its last lost packet has come
+    /// again: with a share p of n packets lost at random that takes about ln n / ln (1/p) more round trips.
+    fn bulk_ahead(&self) -> u64 {
+        let path = self.shared.connection.stats().path;
+        let lost = path.lost_packets as f64 / path.sent_packets.max(1) as f64;
+        let packets = MAX_BATCH as f64 / f64::from(path.current_mtu.max(1200));
+        let again = packets.ln() / -lost.clamp(1e-4, 0.2).ln();
+        (path.cwnd as f64 * (IN_FLIGHT + again)) as u64 + BULK_AHEAD
     }
 
     async fn respect_limit(&self, lane: Lane, len: usize) {

@@ -32,7 +32,7 @@ use history::{History, Lately, Sample};
 use loss::Losses;
 use rates::Rates;
 use round_trips::{MIN_SAMPLES, RoundTrips, Slice};
-use startup::{LOST_PACKETS, STARTUP_GAIN};
+use startup::LOST_PACKETS;
 
 /// Queue to aim at, as a share of the round trip and in seconds, and the same while a guest waits for pages.
 const TARGET: f64 = 0.02;
@@ -58,14 +58,18 @@ const CLEAR_SLICES: u32 = 6;
 const TRIED: f64 = 0.9;
 /// Window over rate · round trip, at most; more can only be a mistake.
 const CEILING: f64 = 2.0;
+/// The same for a window that does not get full.
+const UNFILLED_CEILING: f64 = 1.6;
 /// Time of delivery that may be in flight beyond that, for groups of acknowledgements.
 const SLACK_TIME: f64 = 0.005;
-/// Share of the last round's delivery that the window never yields below: if that passed through a queue of
-/// ours it was the link's rate, and if not there is nothing to yield.
+/// Share of what the link is known to carry that the window does not yield below: as long as that is not
+/// known to be less, a queue is an accident.
 const FLOOR: f64 = 0.85;
 /// A queue of this share of the round trip, for this many slices, says that the link has become slower.
 const SLOWER: f64 = 0.1;
 const SLOWER_SLICES: u32 = 4;
+/// What is left of a rate at least when a link has become slower, as far as one round can tell.
+const LEAST_FALL: f64 = 0.45;
 /// Packets that a queue always has room for.
 const PACKETS_QUEUED: f64 = 2.5;
 /// Share lost in a round that, with a falling rate, means congestion.
@@ -346,7 +350,7 @@ impl Adaptive {
         }
         if self.mode == Mode::Startup && self.rtts.min.is_finite() {
             let rate = self.bandwidth();
-            let wanted = STARTUP_GAIN * self.product(rate) + self.slack(rate);
+            let wanted = self.startup_gain() * self.product(rate) + self.slack(rate);
             // While the rate is unknown the window only grows.
             self.window = self.bounded(wanted.max(self.window));
         }
@@ -446,14 +450,17 @@ impl Adaptive {
             }
             Mode::Steady if self.queued_slices >= QUEUED_SLICES => {
                 let slower = queue > SLOWER * self.rtts.min && queue > 3.0 * self.rtts.noise;
-                if slower && standing && self.queued_slices >= SLOWER_SLICES {
-                    // All that comes back now has passed through a bottleneck that never rested.
+                let long = self.queued_slices >= SLOWER_SLICES && standing;
+                if slower && long && !self.round.slower && self.deaf_rounds == 0 {
+                    // All that comes back now has passed through a bottleneck that never rested. How fast, a
+                    // host that is late may get wrong, so that it is believed by and by.
                     self.round.slower = true;
-                    self.rates.forget_above(self.short_rate(now));
+                    let rate = self.short_rate(now).max(LEAST_FALL * self.rates.known());
+                    self.rates.forget_above(rate);
                 }
                 // What was never in flight has made no queue.
                 if slower || typical.flight >= TRIED * typical.window {
-                    let floor = FLOOR * self.product(self.rates.latest().min(self.rates.known()));
+                    let floor = FLOOR * self.product(self.rates.known());
                     self.window = self.bounded(self.window.min(ideal.max(floor)));
                 }
             }
@@ -473,19 +480,27 @@ impl Adaptive {
         // Up to what the link was seen to carry there is nothing to try out.
         let trusted = known * target;
         // A window that was not full has shown nothing, unless it never gets full (late wake-ups).
-        let full = sample.flight >= TRIED * sample.window || self.empty_rounds >= 2;
-        let tried = if full { sample.window } else { sample.flight };
+        let full = sample.flight >= TRIED * sample.window;
+        let tried = if full || self.empty_rounds >= 2 {
+            sample.window
+        } else {
+            sample.flight
+        };
         if tried < NEARLY * trusted {
             let grown = (tried * (1.0 + LARGEST_GROWTH)).min(trusted);
             self.window = self.bounded(self.window.max(grown));
-        } else if !self.slice.limited && !self.held && self.rest == 0 {
+        } else if !self.slice.limited && self.rest == 0 {
             let steps = self.empty_rounds.min(8) as i32;
-            let growth = if empty {
+            // While a guest waits for pages only what is too little for a queue is tried.
+            let growth = if empty && self.held && tried < NEARLY * self.product(self.rates.peak()) {
+                FIRST_GROWTH
+            } else if empty && !self.held {
                 (FIRST_GROWTH * NEXT_GROWTH.powi(steps)).min(LARGEST_GROWTH)
             } else {
                 NEAR_GROWTH
             };
-            let ceiling = CEILING * known + self.slack(self.rates.known());
+            let most = if full { CEILING } else { UNFILLED_CEILING };
+            let ceiling = most * known + self.slack(self.rates.known());
             let grown = (tried * (1.0 + growth)).min(ceiling);
             self.round.tried = true;
             self.window = self.bounded(self.window.max(grown));

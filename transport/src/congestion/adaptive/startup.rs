@@ -6,7 +6,11 @@ use super::{Adaptive, DEAF_ROUNDS, Mode, Round};
 
 /// Growth of the window per round trip while the rate is unknown. More than the usual two is safe because
 /// the first sign of a queue ends it at once, in the middle of a round.
-pub(super) const STARTUP_GAIN: f64 = 3.0;
+const STARTUP_GAIN: f64 = 3.0;
+/// The same above so many bytes, and while a guest waits: by the time the queue shows, more than the link
+/// holds is in flight by that factor.
+const LARGE_GAIN: f64 = 2.0;
+const LARGE: f64 = (1 << 20) as f64;
 /// While the rate is unknown, this many round trips in a row that are all longer than the smallest one by
 /// [`STARTUP_QUEUE`] of it, and by [`STARTUP_MARGIN`] seconds, mean that the link is full.
 const STARTUP_SAMPLES: u32 = 16;
@@ -22,6 +26,14 @@ pub(super) const LOST_PACKETS: f64 = 48.0;
 const DRAIN: f64 = 0.85;
 
 impl Adaptive {
+    pub(super) fn startup_gain(&self) -> f64 {
+        if self.window > LARGE || self.held {
+            LARGE_GAIN
+        } else {
+            STARTUP_GAIN
+        }
+    }
+
     /// Ends the start as soon as a queue shows, with the rate at which the full link delivers.
     pub(super) fn look_for_queue(&mut self, now: Duration, rtt: f64) {
         let excess = rtt - self.rtts.min;
@@ -39,7 +51,7 @@ impl Adaptive {
 
     pub(super) fn end_startup_round(&mut self, round: &Round, overflow: bool) {
         // Lost in numbers, and much slower growth than was asked for: the queue is too short to show.
-        let falls_short = round.rate < self.startup_rate * STARTUP_GAIN * 0.6;
+        let falls_short = round.rate < self.startup_rate * LARGE_GAIN * 0.9;
         if round.rate > self.startup_rate * GROWTH {
             self.startup_rate = round.rate;
             self.flat_rounds = 0;
