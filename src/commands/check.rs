@@ -11,12 +11,11 @@ use hybridmig_engine::session::io::SourceOutcome;
 use hybridmig_engine::session::source::SourceConfig;
 use hybridmig_transport::TransportConfig;
 use hybridmig_transport::endpoint::Endpoint;
-use hybridmig_transport::error::CloseCode;
 use hybridmig_transport::message::Mode;
 use tokio::sync::watch;
 
 use super::send::{new_session, open};
-use super::{ONCE_MORE, cancel_on_signals, exit, identity_and_trust, resolve_host, runtime};
+use super::{ONCE_MORE, cancel_on_signals, exit, identity_and_trust, leave, resolve_host, runtime};
 use crate::cli::CheckArgs;
 
 /// Checks this side, and the other where one is named.
@@ -102,8 +101,8 @@ fn remote(args: &CheckArgs, to: &str) -> anyhow::Result<Vec<Finding>> {
         };
         let (progress, _) = watch::channel(None);
         let run = source::run(job, cancel, progress).await;
-        endpoint.close(CloseCode::DONE, "the process ends");
-        endpoint.wait_idle().await;
+        let known = matches!(&run, Ok(run) if matches!(run.outcome, SourceOutcome::Checked { .. }));
+        leave(&endpoint, known).await;
         run.map(|run| run.outcome)
             .with_context(|| format!("cannot ask {to}"))
     })?;

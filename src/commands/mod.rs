@@ -22,6 +22,8 @@ use anyhow::{Context, anyhow, bail};
 use hybridmig_engine::report::Report;
 use hybridmig_engine::session::io::{DestinationOutcome, SourceOutcome};
 use hybridmig_netem::LinkStats;
+use hybridmig_transport::endpoint::Endpoint;
+use hybridmig_transport::error::CloseCode;
 use hybridmig_transport::identity::Identity;
 use hybridmig_transport::trust::Trust;
 use hybridmig_transport::{Congestion, TransportConfig};
@@ -158,6 +160,17 @@ fn link_timeout(patience: Duration) -> Duration {
     const SOON: Duration = Duration::from_secs(30);
     const LEAST: Duration = Duration::from_secs(1);
     (patience / 4).clamp(LEAST, SOON)
+}
+
+/// Closes what is open before the process ends. Where both sides know how it ended (`known`) the
+/// link's own end says nothing new, so that nobody waits until the other side is sure to have it.
+pub async fn leave(endpoint: &Endpoint, known: bool) {
+    endpoint.close(CloseCode::DONE, "the process ends");
+    if known {
+        endpoint.wait_sent().await;
+    } else {
+        endpoint.wait_idle().await;
+    }
 }
 
 /// Resolves `HOST:PORT`.

@@ -13,11 +13,10 @@ use hybridmig_engine::session::destination::DestinationConfig;
 use hybridmig_engine::session::io::DestinationOutcome;
 use hybridmig_pager::PlacerConfig;
 use hybridmig_transport::endpoint::Endpoint;
-use hybridmig_transport::error::CloseCode;
 use tokio::sync::watch;
 
 use super::{
-    ONCE_MORE, cancel_on_signals, destination_code, identity_and_trust, runtime, state_dir,
+    ONCE_MORE, cancel_on_signals, destination_code, identity_and_trust, leave, runtime, state_dir,
     transport_config, write_report,
 };
 use crate::cli::{DestinationGuestArgs, RecvArgs};
@@ -63,8 +62,8 @@ pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
         };
         let run = destination::run(job, cancel, progress).await;
         view.finish().await;
-        endpoint.close(CloseCode::DONE, "the process ends");
-        endpoint.wait_idle().await;
+        let known = matches!(&run, Ok(run) if matches!(run.outcome, DestinationOutcome::Moved));
+        leave(&endpoint, known).await;
         run.context("no guest came")
     })?;
     write_report(&run.report, &args.output)?;

@@ -9,14 +9,14 @@ use hybridmig_engine::driver::source::{self, SourceJob};
 use hybridmig_engine::guest::SourceGuest;
 use hybridmig_engine::guest::qemu::{QemuSource, QemuSourceOptions};
 use hybridmig_engine::guest::workload::WorkloadSource;
+use hybridmig_engine::session::io::SourceOutcome;
 use hybridmig_engine::session::source::SourceConfig;
 use hybridmig_transport::endpoint::Endpoint;
-use hybridmig_transport::error::CloseCode;
 use hybridmig_transport::message::SessionId;
 use tokio::sync::watch;
 
 use super::{
-    ONCE_MORE, cancel_on_signals, identity_and_trust, resolve_host, runtime, source_code,
+    ONCE_MORE, cancel_on_signals, identity_and_trust, leave, resolve_host, runtime, source_code,
     state_dir, transport_config, write_report,
 };
 use crate::cli::{SendArgs, SourceGuestArgs};
@@ -56,8 +56,8 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
         };
         let run = source::run(job, cancel, progress).await;
         view.finish().await;
-        endpoint.close(CloseCode::DONE, "the process ends");
-        endpoint.wait_idle().await;
+        let known = matches!(&run, Ok(run) if matches!(run.outcome, SourceOutcome::Moved));
+        leave(&endpoint, known).await;
         run.context("nothing was moved; the guest was not touched")
     })?;
     write_report(&run.report, &args.output)?;

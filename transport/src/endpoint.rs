@@ -3,7 +3,8 @@
 //! before each side has said, by opening its credit stream, that it accepts the other.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use quinn::VarInt;
 use rustls_pki_types::CertificateDer;
@@ -22,6 +23,11 @@ use crate::trust::{PeerIdentity, Rejection, Trust};
 /// Handshakes under way at once; more are turned away before they cost anything.
 const HANDSHAKES: usize = 16;
 
+/// How often, and how many times at most, it is looked whether closing packets have been sent:
+/// QUIC does not tell, and is at work on other threads at once.
+const LOOK: Duration = Duration::from_millis(1);
+const LOOKS: u32 = 250;
+
 /// Opens links as a client, or takes them as a server.
 pub struct Endpoint {
     quinn: quinn::Endpoint,
@@ -36,8 +42,9 @@ struct Judge {
     trust: Trust,
     config: TransportConfig,
     steering: Arc<Steering>,
-    /// Links that may still be open, to close them one by one.
-    links: std::sync::Mutex<Vec<Weak<Shared>>>,
+    /// Links that may still be open, to close them one by one, and those that were closed until
+    /// their peers have been told.
+    links: std::sync::Mutex<Vec<Arc<Shared>>>,
 }
 
 impl Endpoint {
@@ -121,7 +128,7 @@ impl Endpoint {
 
     /// Closes every link of this endpoint, telling the peers why.
     pub fn close(&self, code: CloseCode, reason: &str) {
-        for link in self.judge.links().iter().filter_map(Weak::upgrade) {
+        for link in self.judge.links().iter() {
             let cause = LinkError::LocalClosed {
                 reason: reason.to_owned(),
             };
@@ -132,9 +139,31 @@ impl Endpoint {
             .close(VarInt::from_u32(code.0), reason.as_bytes());
     }
 
-    /// Waits until every peer has been told of its link's end, or cannot be.
+    /// Waits until every peer has been told of its link's end, or cannot be: for some three
+    /// probe timeouts, in which a lost closing packet is repeated for a peer that still sends.
     pub async fn wait_idle(&self) {
         self.quinn.wait_idle().await;
+    }
+
+    /// Waits, after [`Self::close`], until what closes each link has left this host; not until it
+    /// has arrived. For an end that the peer knows of by its own messages: were the packet lost, it
+    /// would only find out later that nobody is left. Connections that are no links (in their
+    /// handshake, or refused just now) are waited for as in [`Self::wait_idle`].
+    pub async fn wait_sent(&self) {
+        let mut looks = tokio::time::interval(LOOK);
+        for _ in 0..LOOKS {
+            looks.tick().await;
+            let links = self.judge.links();
+            let (all, told) = (links.len(), links.iter().filter(|link| link.told()).count());
+            drop(links);
+            if self.quinn.open_connections() > all {
+                break;
+            }
+            if told == all {
+                return;
+            }
+        }
+        self.wait_idle().await;
     }
 }
 
@@ -200,16 +229,17 @@ impl Judge {
         }
     }
 
-    fn links(&self) -> std::sync::MutexGuard<'_, Vec<Weak<Shared>>> {
+    fn links(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Shared>>> {
         // Only pushed to and filtered: sound even after a panic elsewhere.
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers a link, and forgets those that are gone.
-    fn remember(&self, shared: &Arc<Shared>) {
+    /// Remembers a link, and forgets those that have ended. A link that is dropped is closed, so
+    /// that none stays here for ever.
+    fn remember(&self, shared: Arc<Shared>) {
         let mut links = self.links();
-        links.retain(|link| link.strong_count() > 0);
-        links.push(Arc::downgrade(shared));
+        links.retain(|link| !link.told());
+        links.push(shared);
     }
 
     /// Completes the handshake, judges the peer, waits for the peer's judgement.
@@ -243,12 +273,12 @@ impl Judge {
             self.config.idle_timeout,
             self.steering.clone(),
         ));
-        self.remember(&shared);
         let refused = |error| link_error(addr, error);
         let credit_out = CreditSender::open(&shared, self.config.lane_windows())
             .await
             .map_err(refused)?;
         let credit_in = CreditReceiver::accept(&shared).await.map_err(refused)?;
+        self.remember(shared.clone());
         Ok(Link::new(shared, &self.config, credit_out, credit_in))
     }
 

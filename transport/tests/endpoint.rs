@@ -2,9 +2,10 @@
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use hybridmig_netem::{Relay, RelayConfig, RelayHandle};
 use hybridmig_transport::codec::MAX_BATCH;
 use hybridmig_transport::message::{BlockSet, Message, RegionId};
 use hybridmig_transport::{
@@ -457,6 +458,76 @@ async fn closing_a_busy_link_is_heard_too() {
         soon(sending).await.unwrap();
         soon(pair.endpoints.0.wait_idle()).await;
     }
+}
+
+/// Both ends of a link over a relay with this round trip.
+async fn distant_pair(round_trip: Duration) -> (Pair, RelayHandle) {
+    let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+    let server = Endpoint::server(LOCALHOST, &bob, trusting(alice.fingerprint()), &config());
+    let server = server.unwrap();
+    let relay = Relay::start(RelayConfig {
+        listen: LOCALHOST,
+        target: server.local_addr().unwrap(),
+        link: format!("delay {}ms", round_trip.as_millis() / 2)
+            .parse()
+            .unwrap(),
+        seed: 1,
+    })
+    .unwrap();
+    let client = Endpoint::client(&alice, trusting(bob.fingerprint()), &config()).unwrap();
+    let (one, two) = tokio::join!(client.connect(relay.local_addr()), server.accept());
+    let pair = Pair {
+        client: one.unwrap(),
+        server: two.unwrap(),
+        endpoints: (client, server),
+    };
+    (pair, relay)
+}
+
+#[tokio::test]
+async fn an_end_that_both_sides_know_of_costs_no_round_trip_and_is_told_all_the_same() {
+    let round_trip = Duration::from_millis(200);
+    let (pair, _relay) = distant_pair(round_trip).await;
+    // Until acknowledgements of the handshake are through, so that nothing else is under way.
+    tokio::time::sleep(2 * round_trip).await;
+    let began = Instant::now();
+    pair.client.close(CloseCode::DONE, "done");
+    pair.endpoints.0.close(CloseCode::DONE, "the process ends");
+    soon(pair.endpoints.0.wait_sent()).await;
+    let took = began.elapsed();
+    assert!(took < round_trip / 2, "{took:?}");
+    // Whatever of the packet is still to be sent would be lost with the process.
+    drop(pair.client);
+    drop(pair.endpoints.0);
+    match soon(pair.server.closed()).await {
+        LinkError::PeerClosed { code, .. } => assert_eq!(code, CloseCode::DONE.0),
+        other => panic!("{other}"),
+    }
+    let told = began.elapsed();
+    assert!(told < round_trip, "{told:?}");
+    // Here nothing has to be said any more.
+    pair.endpoints.1.close(CloseCode::DONE, "the process ends");
+    soon(pair.endpoints.1.wait_sent()).await;
+    assert!(began.elapsed() < told + round_trip / 2);
+}
+
+#[tokio::test]
+async fn an_end_in_heavy_traffic_is_sent_before_the_process_may_go() {
+    let pair = pair().await;
+    let sender = pair.client.clone();
+    let sending = tokio::spawn(async move {
+        let batch = Bytes::from(vec![7; MAX_BATCH]);
+        while sender.send_batch(Lane::Freeze, batch.clone()).await.is_ok() {}
+    });
+    soon(pair.server.next_incoming()).await.unwrap();
+    pair.endpoints.0.close(CloseCode::SHUTDOWN, "told to end");
+    soon(pair.endpoints.0.wait_sent()).await;
+    drop(pair.endpoints.0);
+    assert!(matches!(
+        soon(pair.server.closed()).await,
+        LinkError::PeerClosed { .. }
+    ));
+    soon(sending).await.unwrap();
 }
 
 #[tokio::test]

@@ -469,7 +469,9 @@ impl Driver {
         };
         let done = "done".to_owned();
         match outcome {
-            DestinationOutcome::Cancelled { .. } => {
+            // After `Released` the source ends the link as soon as it knows that this has arrived,
+            // and needs nothing more from here.
+            DestinationOutcome::Moved | DestinationOutcome::Cancelled { .. } => {
                 say_goodbye_briefly(tasks, CloseCode::DONE, done).await;
             }
             _ => say_goodbye(tasks, CloseCode::DONE, done).await,

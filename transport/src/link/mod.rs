@@ -14,7 +14,7 @@ pub mod urgent;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quinn::VarInt;
@@ -86,7 +86,22 @@ pub(crate) struct Shared {
     pub(crate) steering: Arc<Steering>,
     /// Why this side ended the link, where it did.
     cause: OnceLock<LinkError>,
+    /// What is needed to see whether the peer has been told.
+    closing: OnceLock<Closing>,
 }
+
+/// The moment in which a link was ended.
+struct Closing {
+    at: Instant,
+    /// Datagrams sent by then.
+    sent: u64,
+    /// Whether the closing packet is certainly not among them.
+    certain: bool,
+}
+
+/// How long the packet that closes a link may take to leave, where it cannot be seen: QUIC's task
+/// is woken for it at once.
+const CLOSE_LEAVES: Duration = Duration::from_millis(25);
 
 impl Shared {
     pub(crate) fn new(
@@ -101,6 +116,7 @@ impl Shared {
             idle_timeout,
             steering,
             cause: OnceLock::new(),
+            closing: OnceLock::new(),
         }
     }
 
@@ -120,12 +136,43 @@ impl Shared {
     }
 
     pub(crate) fn close_with(&self, code: u32, reason: &str, cause: LinkError) {
-        if self.connection.close_reason().is_none() && self.cause.set(cause).is_ok() {
+        if let Some(reason) = self.connection.close_reason() {
+            if reason != quinn::ConnectionError::LocallyClosed {
+                // Ended by the peer, or lost. QUIC forgets this when the whole endpoint is closed.
+                self.closing.get_or_init(|| Closing {
+                    at: Instant::now(),
+                    sent: 0,
+                    certain: true,
+                });
+            }
+        } else if self.cause.set(cause).is_ok() {
             let reason = truncated(reason);
             open_gate(&self.connection);
+            let sent = || self.connection.stats().udp_tx.datagrams;
+            let before = sent();
             self.connection
                 .close(VarInt::from_u32(code), reason.as_bytes());
+            // Whatever is sent from here on is the closing packet. What was sent since `before` may
+            // be that one, or one of those that preceded it.
+            let sent = sent();
+            self.closing.get_or_init(|| Closing {
+                at: Instant::now(),
+                sent,
+                certain: sent == before,
+            });
         }
+    }
+
+    /// Whether the link has ended and the packet that says so has left this host, as far as can be
+    /// seen (QUIC does not tell); or the peer has ended it.
+    pub(crate) fn told(&self) -> bool {
+        let Some(closing) = self.closing.get() else {
+            // An end that this side did not make needs no telling.
+            let reason = self.connection.close_reason();
+            return reason.is_some_and(|reason| reason != quinn::ConnectionError::LocallyClosed);
+        };
+        self.connection.stats().udp_tx.datagrams > closing.sent
+            || !closing.certain && closing.at.elapsed() > CLOSE_LEAVES
     }
 
     /// Why the link is no more. Falls back to a general answer on a link that is up.
