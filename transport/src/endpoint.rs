@@ -1,6 +1,7 @@
 //! A UDP port from which links begin. Judges every peer between the end of the handshake and the
 //! first stream, and sees to it that both sides learn why a peer was refused: no `Link` exists
-//! before each side has said, by opening its credit stream, that it accepts the other.
+//! before this side has accepted the peer, and nothing but the control stream's first words leaves
+//! before the peer has said, by its credit stream, that it accepts this side.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, PoisonError};
@@ -14,7 +15,7 @@ use crate::config::TransportConfig;
 use crate::congestion::steering::Steering;
 use crate::error::{CloseCode, LinkError, TransportError};
 use crate::identity::Identity;
-use crate::link::credit::{CreditReceiver, CreditSender};
+use crate::link::credit::CreditSender;
 use crate::link::{Link, Shared};
 use crate::socket;
 use crate::tls;
@@ -110,6 +111,15 @@ impl Endpoint {
 
     /// Connects to a server. Returns when both sides have accepted each other.
     pub async fn connect(&self, addr: SocketAddr) -> Result<Link, TransportError> {
+        let link = self.dial(addr).await?;
+        link.accepted().await?;
+        Ok(link)
+    }
+
+    /// Connects to a server. Returns when this side has accepted the other, a round trip before it
+    /// can know whether it is accepted itself: see [`Link::accepted`]. Messages on the control
+    /// stream go out at once, everything else waits.
+    pub async fn dial(&self, addr: SocketAddr) -> Result<Link, TransportError> {
         let address = |what: String| TransportError::Address { peer: addr, what };
         let connecting = self
             .quinn
@@ -209,7 +219,7 @@ async fn accept_all(
         tokio::spawn(async move {
             let peer = incoming.remote_address();
             let result = match incoming.accept() {
-                Ok(connecting) => judge.admit(peer, connecting).await,
+                Ok(connecting) => welcome(&judge, peer, connecting).await,
                 Err(error) => Err(handshake_error(peer, &error)),
             };
             // Without a receiver the endpoint is gone, and the link with it.
@@ -217,6 +227,17 @@ async fn accept_all(
             drop(permit);
         });
     }
+}
+
+/// A client's link, once each side has accepted the other.
+async fn welcome(
+    judge: &Judge,
+    peer: SocketAddr,
+    connecting: quinn::Connecting,
+) -> Result<Link, TransportError> {
+    let link = judge.admit(peer, connecting).await?;
+    link.accepted().await?;
+    Ok(link)
 }
 
 impl Judge {
@@ -242,7 +263,7 @@ impl Judge {
         links.push(shared);
     }
 
-    /// Completes the handshake, judges the peer, waits for the peer's judgement.
+    /// Completes the handshake, judges the peer, tells it that it is accepted.
     async fn admit(
         &self,
         addr: SocketAddr,
@@ -273,13 +294,11 @@ impl Judge {
             self.config.idle_timeout,
             self.steering.clone(),
         ));
-        let refused = |error| link_error(addr, error);
         let credit_out = CreditSender::open(&shared, self.config.lane_windows())
             .await
-            .map_err(refused)?;
-        let credit_in = CreditReceiver::accept(&shared).await.map_err(refused)?;
+            .map_err(|error| TransportError::of_link(addr, error))?;
         self.remember(shared.clone());
-        Ok(Link::new(shared, &self.config, credit_out, credit_in))
+        Ok(Link::new(addr, shared, &self.config, credit_out))
     }
 
     fn judge(
@@ -304,20 +323,6 @@ impl Judge {
                     reason: rejection.to_string(),
                 }
             })
-    }
-}
-
-/// What it means when a connection ends before it is a link.
-fn link_error(peer: SocketAddr, error: LinkError) -> TransportError {
-    match error {
-        LinkError::PeerClosed { code, reason, .. } if code == CloseCode::UNAUTHORISED.0 => {
-            TransportError::Refused { peer, reason }
-        }
-        LinkError::TimedOut { after, .. } => TransportError::Unreachable { peer, after },
-        other => TransportError::Handshake {
-            peer,
-            what: other.to_string(),
-        },
     }
 }
 

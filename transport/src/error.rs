@@ -134,3 +134,19 @@ pub enum TransportError {
     #[error("the endpoint is closed")]
     Closed,
 }
+
+impl TransportError {
+    /// What it means when a link ends before the peer has accepted this side.
+    pub(crate) fn of_link(peer: SocketAddr, error: LinkError) -> Self {
+        match error {
+            LinkError::PeerClosed { code, reason, .. } if code == CloseCode::UNAUTHORISED.0 => {
+                Self::Refused { peer, reason }
+            }
+            LinkError::TimedOut { after, .. } => Self::Unreachable { peer, after },
+            other => Self::Handshake {
+                peer,
+                what: other.to_string(),
+            },
+        }
+    }
+}

@@ -460,20 +460,23 @@ async fn closing_a_busy_link_is_heard_too() {
     }
 }
 
+fn relay_to(target: SocketAddr, round_trip: Duration) -> RelayHandle {
+    let link = format!("delay {}ms", round_trip.as_millis() / 2);
+    Relay::start(RelayConfig {
+        listen: LOCALHOST,
+        target,
+        link: link.parse().unwrap(),
+        seed: 1,
+    })
+    .unwrap()
+}
+
 /// Both ends of a link over a relay with this round trip.
 async fn distant_pair(round_trip: Duration) -> (Pair, RelayHandle) {
     let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
     let server = Endpoint::server(LOCALHOST, &bob, trusting(alice.fingerprint()), &config());
     let server = server.unwrap();
-    let relay = Relay::start(RelayConfig {
-        listen: LOCALHOST,
-        target: server.local_addr().unwrap(),
-        link: format!("delay {}ms", round_trip.as_millis() / 2)
-            .parse()
-            .unwrap(),
-        seed: 1,
-    })
-    .unwrap();
+    let relay = relay_to(server.local_addr().unwrap(), round_trip);
     let client = Endpoint::client(&alice, trusting(bob.fingerprint()), &config()).unwrap();
     let (one, two) = tokio::join!(client.connect(relay.local_addr()), server.accept());
     let pair = Pair {
@@ -482,6 +485,74 @@ async fn distant_pair(round_trip: Duration) -> (Pair, RelayHandle) {
         endpoints: (client, server),
     };
     (pair, relay)
+}
+
+#[tokio::test]
+async fn the_first_words_need_one_round_trip_and_nothing_else_overtakes_the_peers_acceptance() {
+    let round_trip = Duration::from_millis(300);
+    let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+    let server = Endpoint::server(LOCALHOST, &bob, trusting(alice.fingerprint()), &config());
+    let server = server.unwrap();
+    let relay = relay_to(server.local_addr().unwrap(), round_trip);
+    let client = Endpoint::client(&alice, trusting(bob.fingerprint()), &config()).unwrap();
+    let answering = tokio::spawn(async move {
+        let link = server.accept().await.unwrap();
+        let (mut sender, mut receiver) = link.accept_control().await.unwrap();
+        let heard = receiver.recv().await.unwrap();
+        sender.send(&cancel("heard")).await.unwrap();
+        let incoming = link.next_incoming().await;
+        (server, link, heard, incoming)
+    });
+    let began = Instant::now();
+    let link = soon(client.dial(relay.local_addr())).await.unwrap();
+    assert!(
+        began.elapsed() < round_trip * 3 / 2,
+        "{:?}",
+        began.elapsed()
+    );
+    let (mut sender, mut receiver) = link.open_control().await.unwrap();
+    sender.send(&cancel("first word")).await.unwrap();
+    let early = link.send_batch(Lane::Bulk, Bytes::from_static(b"x"));
+    assert!(
+        tokio::time::timeout(round_trip / 4, early).await.is_err(),
+        "a batch went out before the peer had accepted this side"
+    );
+    assert_eq!(soon(receiver.recv()).await.unwrap(), cancel("heard"));
+    // Handshake and answer: with one step after the other it would be three round trips.
+    let took = began.elapsed();
+    assert!(took < round_trip * 5 / 2, "{took:?}");
+    soon(link.accepted()).await.unwrap();
+    soon(link.send_batch(Lane::Bulk, Bytes::from_static(b"x")))
+        .await
+        .unwrap();
+    let (_server, _link, heard, incoming) = soon(answering).await.unwrap();
+    assert_eq!(heard, cancel("first word"));
+    assert!(incoming.is_ok());
+}
+
+#[tokio::test]
+async fn first_words_to_a_peer_that_refuses_are_never_read() {
+    let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+    let server = Endpoint::server(LOCALHOST, &bob, trusting(bob.fingerprint()), &config());
+    let server = server.unwrap();
+    let client = Endpoint::client(&alice, trusting(bob.fingerprint()), &config()).unwrap();
+    let link = soon(client.dial(server.local_addr().unwrap()))
+        .await
+        .unwrap();
+    if let Ok((mut sender, _receiver)) = link.open_control().await {
+        // Whether it still goes out depends on how soon the refusal comes.
+        let _sent = sender.send(&cancel("first word")).await;
+    }
+    let refused = soon(link.accepted()).await;
+    assert!(
+        matches!(&refused, Err(TransportError::Refused { reason, .. })
+            if reason.contains(&alice.fingerprint().to_string())),
+        "{refused:?}"
+    );
+    assert!(matches!(
+        soon(server.accept()).await,
+        Err(TransportError::Stranger { .. })
+    ));
 }
 
 #[tokio::test]

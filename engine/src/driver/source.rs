@@ -77,13 +77,15 @@ pub async fn run(
     let _stop_sampling = AbortOnDrop(sampling.abort_handle());
 
     let dialed = tokio::select! {
-        dialed = job.endpoint.connect(job.target) => dialed,
+        dialed = job.endpoint.dial(job.target) => dialed,
         reason = cancelled(&mut cancel) => return Err(DriverError::CancelledEarly { reason }),
     };
-    let link = dialed.map_err(|source| DriverError::Connect {
-        target: job.target,
+    let target = job.target;
+    let no_link = |source| DriverError::Connect {
+        target,
         source: Box::new(source),
-    })?;
+    };
+    let link = dialed.map_err(no_link)?;
 
     let machine = SourceMachine::new(
         job.config.clone(),
@@ -112,8 +114,22 @@ pub async fn run(
         last_link: None,
         reconnects: 0,
     };
-    driver.adopt(link).await;
-    let outcome = driver.drive(input_queue, &mut cancel, &progress).await;
+    // The first words go out a round trip before it is known whether they are wanted.
+    driver.adopt(link.clone()).await;
+    let early = driver.obey();
+    let wanted = tokio::select! {
+        accepted = link.accepted() => accepted.map_err(no_link),
+        reason = cancelled(&mut cancel) => Err(DriverError::CancelledEarly { reason }),
+    };
+    if let Err(error) = wanted {
+        driver.plane.stop();
+        driver.worker.finish();
+        return Err(error);
+    }
+    let outcome = match early {
+        Some(outcome) => outcome,
+        None => driver.drive(input_queue, &mut cancel, &progress).await,
+    };
     driver.farewell(&outcome).await;
 
     let report = build(&driver.summary(started_unix, &outcome), &sampler);

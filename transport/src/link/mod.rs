@@ -1,5 +1,6 @@
 //! One authorised connection: the control stream, batches and short messages on streams of their
-//! own, figures. A `Link` exists only after both sides have accepted each other (see `endpoint`).
+//! own, figures. A `Link` exists only after this side has accepted the other (see `endpoint`), and
+//! sends nothing but control messages before the other has accepted it.
 //!
 //! Flow control is per lane: the receiver grants each lane a window of bytes that its application
 //! has not taken yet, and takes everything off QUIC at once. So QUIC's own windows, which all
@@ -18,6 +19,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quinn::VarInt;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 pub use control::{ControlReceiver, ControlSender};
 pub use stats::LinkStats;
@@ -26,7 +30,7 @@ use crate::config::TransportConfig;
 use crate::congestion::Congestion;
 use crate::congestion::quic::open_gate;
 use crate::congestion::steering::Steering;
-use crate::error::{CloseCode, LinkError};
+use crate::error::{CloseCode, LinkError, TransportError};
 use crate::lane::Lane;
 use crate::message::Message;
 use crate::trust::PeerIdentity;
@@ -74,6 +78,11 @@ struct Inner {
     inbound: Arc<Inbound>,
     urgent: Arc<Urgent>,
     stats: stats::Sampler,
+    /// Changes once, when the peer has accepted this side.
+    accepted: watch::Receiver<bool>,
+    connect_timeout: Duration,
+    /// The peer's address as it was asked for, which a socket may show in another form.
+    called: SocketAddr,
     tasks: Vec<tokio::task::AbortHandle>,
 }
 
@@ -220,23 +229,28 @@ fn truncated(reason: &str) -> &str {
 }
 
 impl Link {
-    /// Takes over a connection whose peer has been judged, with the credit streams of both sides.
+    /// Takes over a connection whose peer has been judged and told so.
     pub(crate) fn new(
+        called: SocketAddr,
         shared: Arc<Shared>,
         config: &TransportConfig,
         credit_out: CreditSender,
-        credit_in: CreditReceiver,
     ) -> Self {
         let urgent = Arc::new(Urgent::new(shared.clone()));
-        let outbound = Outbound::new(shared.clone(), credit_in.windows, urgent.clone());
+        let outbound = Outbound::new(shared.clone(), urgent.clone());
         let windows = config.lane_windows();
         let inbound = Arc::new(Inbound::new(shared.clone(), windows, urgent.clone()));
+        let (accept, accepted) = watch::channel(false);
+        let begin = begin(
+            shared.clone(),
+            outbound.clone(),
+            inbound.clone(),
+            urgent.clone(),
+            accept,
+        );
         let tasks = vec![
-            tokio::spawn(outbound.clone().follow_credit(credit_in)).abort_handle(),
-            tokio::spawn(inbound.clone().accept_streams()).abort_handle(),
+            tokio::spawn(begin).abort_handle(),
             tokio::spawn(inbound.clone().grant_credit(credit_out)).abort_handle(),
-            tokio::spawn(urgent.clone().keep_sending()).abort_handle(),
-            tokio::spawn(urgent.clone().keep_receiving(inbound.clone())).abort_handle(),
         ];
         let adaptive = config.congestion == Congestion::Adaptive;
         Self {
@@ -246,8 +260,23 @@ impl Link {
                 outbound,
                 inbound,
                 urgent,
+                accepted,
+                connect_timeout: config.connect_timeout,
+                called,
                 tasks,
             }),
+        }
+    }
+
+    /// Waits until the peer has accepted this side, or says why it has not.
+    pub async fn accepted(&self) -> Result<(), TransportError> {
+        let peer = self.inner.called;
+        let after = self.inner.connect_timeout;
+        let mut accepted = self.inner.accepted.clone();
+        match timeout(after, accepted.wait_for(|accepted| *accepted)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(TransportError::of_link(peer, self.inner.shared.error())),
+            Err(_) => Err(TransportError::Unreachable { peer, after }),
         }
     }
 
@@ -313,6 +342,30 @@ impl Link {
         let error = self.inner.shared.connection.closed().await;
         self.inner.shared.explain(error)
     }
+}
+
+/// Waits for the peer's credit stream, its first one and its sign that it accepts this side; then
+/// takes its streams and follows its credit until the link ends.
+async fn begin(
+    shared: Arc<Shared>,
+    outbound: Outbound,
+    inbound: Arc<Inbound>,
+    urgent: Arc<Urgent>,
+    accept: watch::Sender<bool>,
+) {
+    // An error has closed the link or tells of its end, which everyone learns by themselves.
+    let Ok(credit) = CreditReceiver::accept(&shared).await else {
+        return;
+    };
+    outbound.open(credit.windows);
+    accept.send_replace(true);
+    // Ended with this task.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(outbound.follow_credit(credit));
+    tasks.spawn(urgent.clone().keep_sending());
+    tasks.spawn(urgent.keep_receiving(inbound.clone()));
+    tasks.spawn(inbound.accept_streams());
+    while tasks.join_next().await.is_some() {}
 }
 
 impl std::fmt::Debug for Link {

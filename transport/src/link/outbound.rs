@@ -53,12 +53,13 @@ struct GateState {
 }
 
 impl Gate {
-    fn new(limit: u64) -> Self {
+    fn new() -> Self {
         Self {
             turn: tokio::sync::Mutex::new(()),
             state: Mutex::new(GateState {
                 sent: 0,
-                limit,
+                // Nothing goes out before the peer has said what it takes.
+                limit: 0,
                 unacknowledged: 0,
                 open: 0,
             }),
@@ -73,16 +74,24 @@ impl Gate {
 }
 
 impl Outbound {
-    pub(super) fn new(shared: Arc<Shared>, windows: LaneWindows, urgent: Arc<Urgent>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, urgent: Arc<Urgent>) -> Self {
+        Self {
+            shared,
+            gates: Arc::new([Gate::new(), Gate::new(), Gate::new()]),
+            limiter: Arc::new(Mutex::new(Limiter::new(Instant::now()))),
+            urgent,
+        }
+    }
+
+    /// The peer has accepted this side and takes this much on its lanes.
+    pub(super) fn open(&self, windows: LaneWindows) {
         // What the peer's lanes take must fit QUIC's send buffer, or one lane would wait for
         // another's bytes to be acknowledged.
         let send_window = windows.total().saturating_add(WINDOW_RESERVE);
-        shared.connection.set_send_window(send_window);
-        Self {
-            shared,
-            gates: Arc::new(windows.to_array().map(Gate::new)),
-            limiter: Arc::new(Mutex::new(Limiter::new(Instant::now()))),
-            urgent,
+        self.shared.connection.set_send_window(send_window);
+        for (gate, limit) in self.gates.iter().zip(windows.to_array()) {
+            gate.lock().limit = limit;
+            gate.changed.notify_one();
         }
     }
 

@@ -50,6 +50,10 @@ impl SourceMachine {
                 self.link = Link::Up;
                 self.enter(State::AwaitWelcome);
                 self.hello(false);
+                // One version is offered, so that the form of the offer need not wait for the
+                // choice.
+                const { assert!(SUPPORTED_VERSIONS.len() == 1) };
+                self.send(Message::Offer(self.offer()));
             }
             State::Offered | State::Accepting | State::PostCopy => {
                 if self.link != Link::Down {

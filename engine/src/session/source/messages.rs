@@ -52,7 +52,6 @@ impl SourceMachine {
             (State::AwaitWelcome, Link::Up) => {
                 if self.welcome(version) {
                     self.enter(State::AwaitReady);
-                    self.send(Message::Offer(self.offer()));
                 }
             }
             (_, Link::Greeting) => {
