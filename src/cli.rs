@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use hybridmig_engine::driver::level::Level;
 use hybridmig_engine::guest::workload::{ContentShares, Profile};
 use hybridmig_netem::LinkSpec;
 use hybridmig_transport::identity::Fingerprint;
@@ -182,9 +183,9 @@ pub struct SendArgs {
     /// Blocks sent along with one that the guest waits for.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(0..=512))]
     pub prefetch: u32,
-    /// zstd level, 1 (fastest) to 19.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(i32).range(1..=19))]
-    pub level: i32,
+    /// zstd level of the bulk data, -7 (fastest) to 19; `auto` follows spare CPU and link.
+    #[arg(long, value_name = "N", default_value_t, allow_negative_numbers = true)]
+    pub level: Level,
     /// Identity and trust.
     #[command(flatten)]
     pub trust: TrustArgs,

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use hybridmig_engine::driver::level::LevelsUsed;
 use hybridmig_engine::report::{PhaseTraffic, Report};
 use hybridmig_engine::session::io::{DestinationOutcome, SourceOutcome};
 
@@ -81,6 +82,26 @@ pub fn destination(outcome: &DestinationOutcome, report: &Report) -> String {
     text
 }
 
+fn compression(levels: &LevelsUsed) -> String {
+    let threads = match levels.threads {
+        1 => "1 thread".to_owned(),
+        more => format!("{more} threads"),
+    };
+    let LevelsUsed {
+        auto,
+        lowest,
+        highest,
+        last,
+        ..
+    } = *levels;
+    let level = match (auto, lowest == highest) {
+        (false, _) => format!("level {last}"),
+        (true, true) => format!("auto, level {last}"),
+        (true, false) => format!("auto, level {lowest} to {highest}, {last} at the end"),
+    };
+    format!("{level}; {threads}")
+}
+
 /// The figures of a report as a table.
 pub fn figures(report: &Report) -> String {
     let mut table = Table::default();
@@ -145,6 +166,9 @@ pub fn figures(report: &Report) -> String {
         }
         table.row("demand faults", text);
         table.row("threads waited", seconds(faults.blocked));
+    }
+    if let Some(levels) = &report.compression {
+        table.row("compression", compression(levels));
     }
     if let Some(link) = &report.link {
         table.row(

@@ -2,8 +2,8 @@
 //! dirty blocks with reading and encoding them (needs root, as tracking does), and the way of batches
 //! from the encoder over a link on loopback, mutual TLS as always, into memory.
 //!
-//! `core` counts the time of every thread on a core, so it says what the path costs whatever else
-//! the machine does; `wall` is the throughput that came out of it here.
+//! `core` counts the time of threads on a core (the source's, the destination's, or all), so it says
+//! what the path costs whatever else the machine does; `wall` is the throughput that came out of it here.
 
 #[path = "../../pager/tests/common/mod.rs"]
 mod common;
@@ -15,9 +15,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use common::Guest;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use hybridmig_bench::micro::{
-    BATCH_BLOCKS, BLOCK, Memory, encode, group, noise, process_time, ram, thread_time,
-};
+use hybridmig_bench::micro::{BATCH_BLOCKS, BLOCK, Memory, encode, group, noise, ram, thread_time};
 use hybridmig_pager::{Features, Settle, Tracker, TrackerConfig};
 use hybridmig_transport::codec::{BlockEncoder, EncoderConfig, Limits, decode_batch};
 use hybridmig_transport::{Endpoint, Identity, Incoming, Lane, Link, TransportConfig, Trust};
@@ -87,54 +85,96 @@ fn take_all(guest: &Guest, tracker: &Tracker, encoder: &mut BlockEncoder) {
     }
 }
 
-/// A link over loopback. Dropping the endpoints would end it.
+/// The two ends' async runtimes, by the names of their threads.
+const SOURCE: &str = "path-source";
+const DESTINATION: &str = "path-dest";
+
+/// A link over loopback between two hosts, each with a network thread of its own. Dropping the
+/// endpoints would end it.
 struct Loopback {
-    runtime: Runtime,
+    near: Runtime,
+    far: Runtime,
     source: Link,
     destination: Link,
     _endpoints: [Endpoint; 2],
 }
 
+/// Time on cores, by host.
+#[derive(Clone, Copy, Default)]
+struct Spent {
+    source: Duration,
+    destination: Duration,
+}
+
+/// Time on cores of the threads of this process with that name.
+fn time_of(name: &str) -> Duration {
+    let mut sum = 0;
+    for task in std::fs::read_dir("/proc/self/task").unwrap() {
+        let task = task.unwrap().path();
+        let read = |file: &str| std::fs::read_to_string(task.join(file)).unwrap_or_default();
+        if read("comm").trim_end() == name {
+            let spent = read("schedstat");
+            sum += spent.split(' ').next().unwrap().parse::<u64>().unwrap();
+        }
+    }
+    Duration::from_nanos(sum)
+}
+
+fn host(name: &str) -> Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name(name)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
 impl Loopback {
     fn new() -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-            .unwrap();
+        let (near, far) = (host(SOURCE), host(DESTINATION));
         let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
         let trust = |identity: &Identity| Trust::new().with_peer(identity.fingerprint());
-        let config = TransportConfig::default();
-        let (source, destination, endpoints) = runtime.block_on(async {
-            let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-            let server = Endpoint::server(any, &bob, trust(&alice), &config).unwrap();
-            let client = Endpoint::client(&alice, trust(&bob), &config).unwrap();
-            let addr = server.local_addr().unwrap();
-            let (source, destination) = tokio::join!(client.connect(addr), server.accept());
-            (source.unwrap(), destination.unwrap(), [client, server])
+        let (of_server, of_client) = (trust(&alice), trust(&bob));
+        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        // Endpoints live on the runtime whose thread makes them.
+        let config = TransportConfig::default;
+        let server = far.spawn(async move { Endpoint::server(any, &bob, of_server, &config()) });
+        let server = far.block_on(server).unwrap().unwrap();
+        let addr = server.local_addr().unwrap();
+        let accepting = far.spawn(async move {
+            let destination = server.accept().await.unwrap();
+            (destination, server)
         });
+        let connecting = near.spawn(async move {
+            let client = Endpoint::client(&alice, of_client, &config()).unwrap();
+            (client.connect(addr).await.unwrap(), client)
+        });
+        let (source, client) = near.block_on(connecting).unwrap();
+        let (destination, server) = far.block_on(accepting).unwrap();
         Self {
-            runtime,
+            near,
+            far,
             source,
             destination,
-            _endpoints: endpoints,
+            _endpoints: [client, server],
         }
     }
 
-    /// Moves `contents` into `memory`: one thread encodes, one decodes and applies, the runtime's
+    /// Moves `contents` into `memory`: one thread encodes, one decodes and applies, the runtimes'
     /// carry.
-    fn carry(&self, contents: &[u8], encoder: &mut BlockEncoder, memory: &mut Memory) {
+    fn carry(&self, contents: &[u8], encoder: &mut BlockEncoder, memory: &mut Memory) -> Spent {
+        let began = [SOURCE, DESTINATION].map(time_of);
         let (encoded, mut to_send) = mpsc::channel::<Bytes>(QUEUE);
         let (received, mut to_apply) = mpsc::channel::<Bytes>(QUEUE);
         let source = self.source.clone();
-        let sending = self.runtime.spawn(async move {
+        let sending = self.near.spawn(async move {
             while let Some(batch) = to_send.recv().await {
                 source.send_batch(Lane::Bulk, batch).await.unwrap();
             }
         });
         let destination = self.destination.clone();
         let batches = contents.len() / (BATCH_BLOCKS * BLOCK);
-        let receiving = self.runtime.spawn(async move {
+        let receiving = self.far.spawn(async move {
             for _ in 0..batches {
                 match destination.next_incoming().await.unwrap() {
                     Incoming::Batch { bytes, .. } => received.send(bytes).await.unwrap(),
@@ -142,8 +182,8 @@ impl Loopback {
                 }
             }
         });
-        thread::scope(|scope| {
-            scope.spawn(move || {
+        let (encoding, applying) = thread::scope(|scope| {
+            let applying = scope.spawn(move || {
                 let regions = [ram(SENT)];
                 let limits = Limits { regions: &regions };
                 while let Some(bytes) = to_apply.blocking_recv() {
@@ -152,18 +192,27 @@ impl Loopback {
                         .apply(memory)
                         .unwrap();
                 }
+                thread_time()
             });
-            for (id, contents) in contents.chunks_exact(BATCH_BLOCKS * BLOCK).enumerate() {
-                let first = (id * BATCH_BLOCKS) as u32;
-                let blocks: Vec<u32> = (first..first + BATCH_BLOCKS as u32).collect();
-                let batch = next_batch(encoder, id as u64, &blocks, contents);
-                encoded.blocking_send(batch).unwrap();
-            }
-            drop(encoded);
+            let encoding = scope.spawn(move || {
+                for (id, contents) in contents.chunks_exact(BATCH_BLOCKS * BLOCK).enumerate() {
+                    let first = (id * BATCH_BLOCKS) as u32;
+                    let blocks: Vec<u32> = (first..first + BATCH_BLOCKS as u32).collect();
+                    let batch = next_batch(encoder, id as u64, &blocks, contents);
+                    encoded.blocking_send(batch).unwrap();
+                }
+                drop(encoded);
+                thread_time()
+            });
+            (encoding.join().unwrap(), applying.join().unwrap())
         });
-        self.runtime
-            .block_on(async { tokio::try_join!(sending, receiving) })
-            .unwrap();
+        self.near.block_on(sending).unwrap();
+        self.far.block_on(receiving).unwrap();
+        let [source, destination] = [SOURCE, DESTINATION].map(time_of);
+        Spent {
+            source: source.saturating_sub(began[0]) + encoding,
+            destination: destination.saturating_sub(began[1]) + applying,
+        }
     }
 }
 
@@ -171,20 +220,25 @@ fn link(criterion: &mut Criterion) {
     let loopback = Loopback::new();
     let contents = noise(4, SENT as usize * BLOCK);
     let mut memory = Memory(vec![0; contents.len()]);
-    let wall = Instant::now();
-    let clocks: [(&str, &dyn Fn() -> Duration); 2] =
-        [("core", &process_time), ("wall", &|| wall.elapsed())];
+    let figures: [(&str, fn(Spent, Duration) -> Duration); 4] = [
+        ("encode+link/source core", |spent, _| spent.source),
+        ("link+apply/destination core", |spent, _| spent.destination),
+        ("encode+link+apply/core", |spent, _| {
+            spent.source + spent.destination
+        }),
+        ("encode+link+apply/wall", |_, wall| wall),
+    ];
     let mut group = group(criterion, "path_64MiB");
     group.throughput(Throughput::Bits(contents.len() as u64 * 8));
-    for (name, clock) in clocks {
-        group.bench_function(format!("encode+link+apply/{name}"), |bencher| {
+    for (name, figure) in figures {
+        group.bench_function(name, |bencher| {
             bencher.iter_custom(|rounds| {
                 (0..rounds)
                     .map(|_| {
                         let mut encoder = encoder();
-                        let begun = clock();
-                        loopback.carry(&contents, &mut encoder, &mut memory);
-                        clock().saturating_sub(begun)
+                        let begun = Instant::now();
+                        let spent = loopback.carry(&contents, &mut encoder, &mut memory);
+                        figure(spent, begun.elapsed())
                     })
                     .sum()
             });

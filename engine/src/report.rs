@@ -10,6 +10,7 @@ use hybridmig_transport::message::{
 use serde::{Deserialize, Serialize};
 
 use crate::agility::Agility;
+use crate::driver::level::LevelsUsed;
 pub use crate::journal::Side;
 use crate::session::io::LinkFigures;
 
@@ -47,6 +48,9 @@ pub struct Report {
     pub downtime: Option<Downtime>,
     /// What was sent (source) or applied (destination), by phase.
     pub traffic: Vec<PhaseTraffic>,
+    /// Levels of compression on the bulk lane (source only).
+    #[serde(default)]
+    pub compression: Option<LevelsUsed>,
     /// Pre-copy rounds (source only).
     pub rounds: Vec<Round>,
     /// Demand paging, as the destination saw it.
@@ -84,6 +88,7 @@ impl Report {
             times: Times::default(),
             downtime: None,
             traffic: Vec::new(),
+            compression: None,
             rounds: Vec::new(),
             faults: None,
             agility: None,

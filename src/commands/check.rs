@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
+use hybridmig_engine::driver;
 use hybridmig_engine::driver::source::{self, SourceJob};
 use hybridmig_engine::guest::qemu::inspect;
 use hybridmig_engine::guest::qemu::preflight::{Finding, Level, Side};
@@ -97,7 +98,7 @@ fn remote(args: &CheckArgs, to: &str) -> anyhow::Result<Vec<Finding>> {
             config,
             // A check writes no journal.
             state_dir: std::env::temp_dir(),
-            level: 1,
+            level: driver::level::Level::default(),
         };
         let (progress, _) = watch::channel(None);
         let run = source::run(job, cancel, progress).await;

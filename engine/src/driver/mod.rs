@@ -4,7 +4,9 @@
 pub mod destination;
 mod destination_data;
 mod destination_report;
+mod encoding;
 mod fault_desk;
+pub mod level;
 mod sampler;
 pub mod source;
 mod source_data;

@@ -13,6 +13,7 @@ use hybridmig_transport::message::Message;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
+use super::level::Level;
 use super::sampler::{INTERVAL, Sampler};
 use super::source_data::DataPlane;
 use super::source_report::{Marks, build};
@@ -46,7 +47,7 @@ pub struct SourceJob {
     /// Directory of the journals.
     pub state_dir: PathBuf,
     /// zstd level of the bulk lane.
-    pub level: i32,
+    pub level: Level,
 }
 
 /// How it ended.

@@ -1,19 +1,24 @@
 //! The source's data plane: takes chunks from the machine, reads the guest, encodes, sends. One
-//! thread encodes what is urgent, another what is frozen, a third the bulk, each with a way of its own to
+//! thread encodes what is urgent, another what is frozen, others the bulk, each with a way of its own to
 //! the link, so that a page that the guest waits for never stands behind any other batch.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::iter;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use hybridmig_transport::codec::{BatchHeader, BlockEncoder, CodecStats, EncoderConfig};
+use hybridmig_transport::codec::{
+    BatchHeader, BatchMaker, CodecStats, EncodeError, EncoderConfig, EncoderMemory, Refer,
+};
 use hybridmig_transport::error::CloseCode;
 use hybridmig_transport::link::{Incoming, Link};
 use hybridmig_transport::message::{Features, Message};
 use tokio::sync::{Notify, mpsc};
 
+use super::encoding::{Place, Recollection, bulk_threads, thread_time};
+use super::level::{Effort, Level, LevelControl, LevelsUsed};
 use super::source::{chain, is_fetch};
 use super::{DriverError, LinkTasks};
 use crate::guest::SourceGuest;
@@ -50,13 +55,17 @@ pub struct DataPlane {
     nudge: Notify,
     state: Mutex<Arc<Vec<u8>>>,
     traffic: Mutex<Traffic>,
-    /// The encoder that knows what was sent: for differences and names.
-    encoder: Mutex<BlockEncoder>,
+    /// What was sent: for differences and names.
+    memory: Recollection,
     /// Where encoded batches go: the current link's senders.
     exits: Mutex<Option<Exits>>,
     /// Forms of records that the encoder uses.
     features: AtomicU64,
-    level: i32,
+    /// zstd's level on the bulk lane now, and what decides about it.
+    level: AtomicI32,
+    levels: Mutex<LevelControl>,
+    /// Level of what a guest waits for.
+    front_level: i32,
     /// Every batch made so far has an id below this.
     made: AtomicU64,
     stopped: AtomicBool,
@@ -76,19 +85,55 @@ struct Encoded {
     bytes: Bytes,
 }
 
+/// A chunk to be encoded.
+struct Task<'a> {
+    lane: Lane,
+    batch: u64,
+    chunk: Chunk,
+    phase: Phase,
+    /// Where it may refer to what was sent before.
+    place: Option<Place<'a>>,
+    /// How long the thread waited for the link to have room for it.
+    waited: Duration,
+}
+
+/// What an encoding thread has of its own.
+struct Encoder {
+    maker: BatchMaker,
+    contents: Vec<u8>,
+    /// For what may refer to nothing: it remembers nothing.
+    nothing: EncoderMemory,
+}
+
+impl Encoder {
+    fn new(level: i32) -> Result<Self, EncodeError> {
+        Ok(Self {
+            maker: BatchMaker::new(level)?,
+            contents: Vec::new(),
+            nothing: EncoderMemory::new(&EncoderConfig {
+                features: 0,
+                index_entries: 1,
+                delta_cache_bytes: 0,
+                level,
+            }),
+        })
+    }
+
+    fn set_level(&mut self, level: i32) -> Result<(), String> {
+        self.maker.set_level(level).map_err(|error| chain(&error))
+    }
+}
+
 impl DataPlane {
     /// Starts the encoding threads.
     pub fn start(
         machine: SourceMachine,
         guest: Arc<dyn SourceGuest>,
         started: Instant,
-        level: i32,
+        level: Level,
         inputs: mpsc::Sender<SourceInput>,
     ) -> Result<Arc<Self>, DriverError> {
-        let config = EncoderConfig {
-            level,
-            ..EncoderConfig::default()
-        };
+        let threads = bulk_threads();
         let plane = Arc::new(Self {
             machine: Mutex::new(machine),
             changed: Condvar::new(),
@@ -98,31 +143,26 @@ impl DataPlane {
             nudge: Notify::new(),
             state: Mutex::new(Arc::new(Vec::new())),
             traffic: Mutex::new(Traffic::default()),
-            encoder: Mutex::new(BlockEncoder::new(config).map_err(DriverError::Encoder)?),
+            memory: Recollection::new(&EncoderConfig::default()),
             exits: Mutex::new(None),
             features: AtomicU64::new(Features::ALL),
-            level,
+            level: AtomicI32::new(level.first()),
+            levels: Mutex::new(LevelControl::new(level, threads)),
+            front_level: level.first(),
             made: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
             threads: Mutex::new(Vec::new()),
         });
-        for (name, lanes) in [
-            ("encode-urgent", &[Lane::Urgent][..]),
-            ("encode-front", &[Lane::Freeze][..]),
-            ("encode-bulk", &[Lane::Bulk][..]),
-        ] {
+        let urgent = ("encode-urgent", &[Lane::Urgent][..]);
+        let front = ("encode-front", &[Lane::Freeze][..]);
+        let bulk = ("encode-bulk", &[Lane::Bulk][..]);
+        let bulk = iter::repeat_n(bulk, threads);
+        for (name, lanes) in [urgent, front].into_iter().chain(bulk) {
             let worker = plane.clone();
-            // For what may refer to nothing: it remembers nothing.
-            let plain = EncoderConfig {
-                features: 0,
-                index_entries: 1,
-                delta_cache_bytes: 0,
-                level,
-            };
-            let plain = BlockEncoder::new(plain).map_err(DriverError::Encoder)?;
+            let encoder = Encoder::new(level.first()).map_err(DriverError::Encoder)?;
             let thread = thread::Builder::new()
                 .name(name.to_owned())
-                .spawn(move || worker.encode_loop(lanes, plain))
+                .spawn(move || worker.encode_loop(lanes, encoder))
                 .map_err(DriverError::Thread)?;
             plane.threads.lock().expect("not poisoned").push(thread);
         }
@@ -135,17 +175,18 @@ impl DataPlane {
             self.speak(*features);
         }
         if let SourceInput::Message(Message::Applied { batches, rejected }) = &input {
-            let mut encoder = self.encoder.lock().expect("not poisoned");
             let made = self.made.load(Ordering::Relaxed);
-            for (first, end) in batches {
-                // A range beyond what was made is the peer's error; the machine judges it.
-                for batch in *first..(*end).min(made) {
-                    encoder.acknowledge(batch);
+            self.memory.change(|memory| {
+                for (first, end) in batches {
+                    // A range beyond what was made is the peer's error; the machine judges it.
+                    for batch in *first..(*end).min(made) {
+                        memory.acknowledge(batch);
+                    }
                 }
-            }
-            for (region, block) in rejected {
-                encoder.reject(*region, *block);
-            }
+                for (region, block) in rejected {
+                    memory.reject(*region, *block);
+                }
+            });
         }
         let now = self.started.elapsed();
         self.machine().handle(now, input);
@@ -158,12 +199,11 @@ impl DataPlane {
         let chosen = features & Features::ALL;
         if self.features.swap(chosen, Ordering::Relaxed) != chosen {
             let config = EncoderConfig {
-                level: self.level,
                 features: chosen,
                 ..EncoderConfig::default()
             };
-            let encoder = BlockEncoder::new(config).expect("this level was accepted before");
-            *self.encoder.lock().expect("not poisoned") = encoder;
+            self.memory
+                .change(|memory| *memory = EncoderMemory::new(&config));
         }
     }
 
@@ -201,6 +241,11 @@ impl DataPlane {
     /// What was sent so far.
     pub fn traffic(&self) -> Traffic {
         self.traffic.lock().expect("not poisoned").clone()
+    }
+
+    /// The levels of compression that were used.
+    pub fn levels(&self) -> LevelsUsed {
+        self.levels.lock().expect("not poisoned").used()
     }
 
     /// Keeps the device state to send pieces of it.
@@ -245,24 +290,47 @@ impl DataPlane {
         self.stopped.load(Ordering::Acquire)
     }
 
-    fn encode_loop(&self, lanes: &[Lane], mut plain: BlockEncoder) {
-        let mut contents = Vec::new();
-        while let Some((chunk, phase)) = self.next_chunk(lanes) {
-            let lane = chunk.lane;
-            let batch = chunk.batch;
-            match self.encode(&chunk, phase, &mut plain, &mut contents) {
-                Ok(bytes) => self.hand_on(Encoded { lane, batch, bytes }),
+    fn encode_loop(&self, lanes: &[Lane], mut encoder: Encoder) {
+        let bulk = lanes.contains(&Lane::Bulk);
+        while let Some(task) = self.next_chunk(lanes) {
+            let Task { lane, batch, .. } = task;
+            let level = if bulk {
+                self.level.load(Ordering::Relaxed)
+            } else {
+                self.front_level
+            };
+            let (began, on_core) = (Instant::now(), thread_time());
+            let waited = task.waited;
+            let encoded = encoder
+                .set_level(level)
+                .and_then(|()| self.encode(task, &mut encoder));
+            let mut effort = Effort {
+                encoding: began.elapsed(),
+                on_core: thread_time().saturating_sub(on_core),
+                waiting: waited,
+            };
+            match encoded {
+                Ok(bytes) => {
+                    let began = Instant::now();
+                    self.hand_on(Encoded { lane, batch, bytes });
+                    effort.waiting += began.elapsed();
+                }
                 Err(error) => {
                     // The receiver is gone only when the session has ended.
                     let _ = self.inputs.blocking_send(SourceInput::Unreadable { error });
                 }
             }
+            if bulk {
+                let level = self.levels.lock().expect("not poisoned").note(effort);
+                self.level.store(level, Ordering::Relaxed);
+            }
         }
     }
 
     /// Waits for the next chunk of the lanes, the most urgent first.
-    fn next_chunk(&self, lanes: &[Lane]) -> Option<(Chunk, Phase)> {
+    fn next_chunk(&self, lanes: &[Lane]) -> Option<Task<'_>> {
         let mut machine = self.machine();
+        let mut waited = Duration::ZERO;
         loop {
             if self.stopped() {
                 return None;
@@ -271,25 +339,46 @@ impl DataPlane {
             for lane in lanes {
                 if let Some(chunk) = machine.poll_chunk(now, *lane) {
                     let phase = machine.phase();
+                    // What goes before the handover must all be in the memory of what was sent
+                    // last, in the order of the batches, which is why the machine stays locked.
+                    let remembered = phase <= Phase::FreezeCopy
+                        && chunk.lane != Lane::Urgent
+                        && matches!(chunk.body, ChunkBody::Blocks { .. });
+                    let place = remembered.then(|| self.memory.place());
                     self.nudge.notify_one();
-                    return Some((chunk, phase));
+                    return Some(Task {
+                        lane: chunk.lane,
+                        batch: chunk.batch,
+                        chunk,
+                        phase,
+                        place,
+                        waited,
+                    });
                 }
             }
+            // Only where there is something to send is it the link that is waited for.
+            let full = machine.bulk_is_full();
+            let began = Instant::now();
             machine = self
                 .changed
                 .wait_timeout(machine, IDLE)
                 .expect("the machine does not panic")
                 .0;
+            if full {
+                waited += began.elapsed();
+            } else {
+                waited = Duration::ZERO;
+            }
         }
     }
 
-    fn encode(
-        &self,
-        chunk: &Chunk,
-        phase: Phase,
-        plain: &mut BlockEncoder,
-        contents: &mut Vec<u8>,
-    ) -> Result<Bytes, String> {
+    fn encode(&self, task: Task<'_>, encoder: &mut Encoder) -> Result<Bytes, String> {
+        let Task {
+            chunk,
+            phase,
+            place,
+            ..
+        } = task;
         let header = BatchHeader {
             id: chunk.batch,
             pass: chunk.pass,
@@ -303,29 +392,25 @@ impl DataPlane {
                     .get(usize::from(region.0))
                     .ok_or_else(|| format!("{region} does not exist"))?;
                 let size = info.block_size as usize;
-                contents.resize(size * blocks.len(), 0);
-                for (block, buffer) in blocks.iter().zip(contents.chunks_exact_mut(size)) {
+                encoder.contents.resize(size * blocks.len(), 0);
+                let buffers = encoder.contents.chunks_exact_mut(size);
+                for (block, buffer) in blocks.iter().zip(buffers) {
                     self.guest.read(*region, *block, buffer).map_err(|error| {
                         format!("reading block {block} of {region}: {}", error.chain())
                     })?;
                 }
-                let block_size = info.block_size;
-                // What goes before the handover must all be in the memory of what was sent last.
-                let mut shared;
-                let encoder = if phase <= Phase::FreezeCopy && chunk.lane != Lane::Urgent {
-                    shared = self.encoder.lock().expect("not poisoned");
-                    &mut *shared
-                } else {
-                    plain
-                };
-                let encoded = encoder.encode_blocks(
-                    header,
+                let looked = encoder.maker.look(
                     *region,
-                    block_size,
+                    info.block_size,
                     blocks,
-                    contents,
-                    chunk.refer,
+                    &encoder.contents,
+                    place.is_some(),
                 );
+                let sorted = looked.and_then(|looked| match place {
+                    Some(place) => place.recall(looked, chunk.batch, chunk.refer),
+                    None => looked.recall(&mut encoder.nothing, chunk.batch, Refer::Nothing),
+                });
+                let encoded = sorted.and_then(|sorted| sorted.write(header));
                 let encoded = encoded.map_err(|error| chain(&error))?;
                 (encoded.bytes, encoded.stats)
             }
@@ -335,7 +420,8 @@ impl DataPlane {
                 let piece = state
                     .get(start..start + *len as usize)
                     .ok_or_else(|| format!("the device state has no piece at {offset}+{len}"))?;
-                let encoded = plain
+                let encoded = encoder
+                    .maker
                     .encode_state(header, *offset, piece)
                     .map_err(|error| chain(&error))?;
                 (encoded.bytes, encoded.stats)

@@ -126,6 +126,7 @@ pub fn build(facts: &Facts<'_>, sampler: &Sampler) -> Report {
         phase("freeze-copy", &traffic.freeze),
         phase("post-copy", &traffic.post),
     ];
+    report.compression = Some(facts.plane.levels());
     let running = marks
         .accepted
         .as_ref()

@@ -1,5 +1,5 @@
-//! From contents to batches. Chooses the form of every block; what it refers to was acknowledged by
-//! the destination, which checks it again. Never sends a block twice in one batch, never makes a
+//! From contents to batches, on as many threads as there are. Chooses the form of every block; what
+//! it refers to was acknowledged by the destination, which checks it again. Never sends a block twice in one batch, never makes a
 //! batch larger than [`MAX_BATCH`].
 
 use bytes::Bytes;
@@ -106,44 +106,87 @@ pub enum EncodeError {
     Zstd(String),
 }
 
-/// Makes batches of blocks and remembers what it sent.
-pub struct BlockEncoder {
+/// What is remembered of what was sent, for all threads that encode for one session.
+///
+/// Batches must be [recalled](Looked::recall) in the order of their ids; everything else about them
+/// may happen in any order and on any thread.
+pub struct EncoderMemory {
     features: u64,
     history: History,
+}
+
+impl EncoderMemory {
+    /// Nothing was sent yet. The level of `config` is not its business.
+    pub fn new(config: &EncoderConfig) -> Self {
+        Self {
+            features: config.features,
+            history: History::new(config.index_entries, config.delta_cache_bytes),
+        }
+    }
+
+    /// The destination has applied the batch: what it held may be referred to from now on, as far
+    /// as nothing newer of the same block was sent. Blocks that were rejected are told with
+    /// [`Self::reject`].
+    pub fn acknowledge(&mut self, batch: u64) {
+        self.history.acknowledge(batch);
+    }
+
+    /// The destination could not use what was sent of the block: it is forgotten, and its next
+    /// version goes in full whatever `refer` says.
+    pub fn reject(&mut self, region: RegionId, block: u32) {
+        self.history.reject(region, block);
+    }
+}
+
+/// Makes batches of one session on one thread: [`Self::look`], then [`Looked::recall`] with the
+/// memory that all threads share, then [`Sorted::write`]. What takes time is in the first and the last.
+pub struct BatchMaker {
     zstd: Compressor<'static>,
+    level: i32,
+    looks: Vec<Look>,
     groups: Groups,
     frame: Vec<u8>,
 }
 
-/// The blocks of the batch under way by form, kept between batches for their allocations.
+/// What is seen of a block without any memory.
+struct Look {
+    /// Index among the blocks of the batch.
+    index: usize,
+    zero: bool,
+    hash: u64,
+}
+
+/// The blocks of the batch under way by form, kept between batches for their allocations. Numbers
+/// are indices among the blocks of the batch.
 #[derive(Default)]
 struct Groups {
-    zero: Vec<u32>,
-    raw: Vec<u32>,
-    raw_contents: Vec<u8>,
-    plain: Vec<u32>,
-    plain_contents: Vec<u8>,
-    delta: Vec<u32>,
+    zero: Vec<usize>,
+    full: Vec<usize>,
+    noise: Vec<usize>,
+    plain: Vec<usize>,
+    delta: Vec<usize>,
     delta_bases: Vec<u8>,
     delta_xor: Vec<u8>,
-    named: Vec<u32>,
+    named: Vec<(usize, RegionId, u32)>,
     named_origins: Vec<u8>,
+    /// Contents that do not lie side by side.
+    gathered: Vec<u8>,
+    numbers: Vec<u32>,
 }
 
 impl Groups {
     fn clear(&mut self) {
         for blocks in [
             &mut self.zero,
-            &mut self.raw,
+            &mut self.full,
+            &mut self.noise,
             &mut self.plain,
             &mut self.delta,
-            &mut self.named,
         ] {
             blocks.clear();
         }
+        self.named.clear();
         for bytes in [
-            &mut self.raw_contents,
-            &mut self.plain_contents,
             &mut self.delta_bases,
             &mut self.delta_xor,
             &mut self.named_origins,
@@ -153,13 +196,13 @@ impl Groups {
     }
 }
 
-impl BlockEncoder {
-    /// An encoder for one session.
-    pub fn new(config: EncoderConfig) -> Result<Self, EncodeError> {
+impl BatchMaker {
+    /// A maker with this level of zstd, −7 to 19.
+    pub fn new(level: i32) -> Result<Self, EncodeError> {
         Ok(Self {
-            features: config.features,
-            history: History::new(config.index_entries, config.delta_cache_bytes),
-            zstd: Compressor::new(config.level).map_err(zstd_error)?,
+            zstd: Compressor::new(level).map_err(zstd_error)?,
+            level,
+            looks: Vec::new(),
             groups: Groups::default(),
             frame: Vec::new(),
         })
@@ -167,27 +210,26 @@ impl BlockEncoder {
 
     /// Changes zstd's level for the batches to come.
     pub fn set_level(&mut self, level: i32) -> Result<(), EncodeError> {
-        self.zstd.set_compression_level(level).map_err(zstd_error)
+        if self.level != level {
+            self.zstd.set_compression_level(level).map_err(zstd_error)?;
+            self.level = level;
+        }
+        Ok(())
     }
 
-    /// Encodes `blocks` of a region, whose contents follow each other in `contents` in the same
-    /// order. A block that is listed twice goes as its last contents. `refer` allows forms that need
-    /// what the destination should have, and checks.
-    pub fn encode_blocks(
-        &mut self,
-        header: BatchHeader,
+    /// Looks at `blocks` of a region, whose contents follow each other in `contents` in the same
+    /// order. A block that is listed twice goes as its last contents. `remember` says whether the
+    /// memory has a use for them.
+    pub fn look<'a>(
+        &'a mut self,
         region: RegionId,
         block_size: u32,
-        blocks: &[u32],
-        contents: &[u8],
-        refer: impl Into<Refer>,
-    ) -> Result<EncodedBatch, EncodeError> {
-        let refer = refer.into();
+        blocks: &'a [u32],
+        contents: &'a [u8],
+        remember: bool,
+    ) -> Result<Looked<'a>, EncodeError> {
         let size = block_size as usize;
-        if !block_size.is_power_of_two()
-            || block_size < MIN_BLOCK_SIZE
-            || self.history.block_size(region).is_some_and(|s| s != size)
-        {
+        if !block_size.is_power_of_two() || block_size < MIN_BLOCK_SIZE {
             return Err(EncodeError::BlockSize { region, block_size });
         }
         if Some(contents.len()) != blocks.len().checked_mul(size) {
@@ -200,16 +242,24 @@ impl BlockEncoder {
         if contents.len() > MAX_BATCH_CONTENTS {
             return Err(EncodeError::TooLarge(contents.len(), MAX_BATCH_CONTENTS));
         }
-        self.history.begin_batch(header.id);
-        if let Some(highest) = blocks.iter().max() {
-            self.history.begin_region(region, size, *highest);
-        }
-        self.groups.clear();
+        self.looks.clear();
         for index in in_order(blocks) {
             let data = &contents[index * size..][..size];
-            self.sort_block(header.id, region, blocks[index], data, refer);
+            let zero = is_zero(data);
+            self.looks.push(Look {
+                index,
+                zero,
+                hash: if zero || !remember { 0 } else { xxh3_64(data) },
+            });
         }
-        self.write_groups(header, region, contents.len())
+        Ok(Looked {
+            maker: self,
+            region,
+            size,
+            blocks,
+            contents,
+            remember,
+        })
     }
 
     /// Encodes a piece of the device state.
@@ -225,8 +275,7 @@ impl BlockEncoder {
         if offset.saturating_add(data.len() as u64) > MAX_STATE {
             return Err(EncodeError::State);
         }
-        self.history.begin_batch(header.id);
-        let mut out = BatchWriter::new(header, data.len());
+        let mut out = BatchWriter::new(header);
         let mut place = vec![Codec::State as u8];
         varint::put(&mut place, offset);
         varint::put(&mut place, data.len() as u64);
@@ -241,159 +290,271 @@ impl BlockEncoder {
         );
         Ok(out.finish())
     }
+}
 
-    /// The destination has applied the batch: what it held may be referred to from now on, as far
-    /// as nothing newer of the same block was sent. Blocks that were rejected are told with
-    /// [`Self::reject`].
-    pub fn acknowledge(&mut self, batch: u64) {
-        self.history.acknowledge(batch);
-    }
+/// Blocks that were looked at.
+pub struct Looked<'a> {
+    maker: &'a mut BatchMaker,
+    region: RegionId,
+    size: usize,
+    blocks: &'a [u32],
+    contents: &'a [u8],
+    remember: bool,
+}
 
-    /// The destination could not use what was sent of the block: it is forgotten, and its next
-    /// version goes in full whatever `refer` says.
-    pub fn reject(&mut self, region: RegionId, block: u32) {
-        self.history.reject(region, block);
-    }
-
-    /// Decides the form of one block and puts it into its group.
-    fn sort_block(&mut self, batch: u64, region: RegionId, block: u32, data: &[u8], refer: Refer) {
-        let in_full = self.history.take_in_full(region, block);
-        let refer = if in_full { Refer::Nothing } else { refer };
-        let groups = &mut self.groups;
-        if is_zero(data) {
-            groups.zero.push(block);
-            self.history.sent_zero(region, block, batch);
-            return;
-        }
-        let remember = self.features & (Features::NAMED | Features::DELTA) != 0;
-        let hash = if remember { xxh3_64(data) } else { 0 };
-        if !self.try_delta(region, block, data, refer)
-            && !self.try_named(region, block, data, hash, refer)
+impl<'a> Looked<'a> {
+    /// Decides what the blocks may refer to, and remembers them as sent with the batch. `refer`
+    /// allows forms that need what the destination should have, and checks.
+    pub fn recall(
+        self,
+        memory: &mut EncoderMemory,
+        batch: u64,
+        refer: Refer,
+    ) -> Result<Sorted<'a>, EncodeError> {
+        let EncoderMemory { features, history } = memory;
+        let (region, size) = (self.region, self.size);
+        if history
+            .block_size(region)
+            .is_some_and(|other| other != size)
         {
-            let groups = &mut self.groups;
-            if looks_incompressible(data) {
-                groups.raw.push(block);
-                groups.raw_contents.extend_from_slice(data);
+            let block_size = size as u32;
+            return Err(EncodeError::BlockSize { region, block_size });
+        }
+        history.begin_batch(batch);
+        if let Some(highest) = self.blocks.iter().max() {
+            history.begin_region(region, size, *highest);
+        }
+        let remember = self.remember && *features & (Features::NAMED | Features::DELTA) != 0;
+        let keep = *features & Features::DELTA != 0;
+        let BatchMaker { looks, groups, .. } = &mut *self.maker;
+        groups.clear();
+        for Look { index, zero, hash } in looks.drain(..) {
+            let block = self.blocks[index];
+            let data = &self.contents[index * size..][..size];
+            let in_full = history.take_in_full(region, block);
+            if zero {
+                groups.zero.push(index);
+                history.sent_zero(region, block, batch);
+                continue;
+            }
+            let refer = if in_full || !remember {
+                Refer::Nothing
             } else {
-                groups.plain.push(block);
-                groups.plain_contents.extend_from_slice(data);
+                refer
+            };
+            let delta = refer != Refer::Nothing
+                && keep
+                && history
+                    .base(region, block)
+                    .is_some_and(|base| groups.try_delta(index, data, base));
+            if !delta {
+                let named = refer == Refer::Anything && *features & Features::NAMED != 0;
+                match history.origin(region, hash).filter(|_| named) {
+                    Some((from, block)) => groups.named.push((index, from, block)),
+                    None => groups.full.push(index),
+                }
+            }
+            if remember {
+                history.sent(region, block, batch, data, hash, keep);
             }
         }
-        if remember {
-            let keep = self.features & Features::DELTA != 0;
-            self.history.sent(region, block, batch, data, hash, keep);
-        }
+        Ok(Sorted {
+            maker: self.maker,
+            region,
+            size,
+            blocks: self.blocks,
+            contents: self.contents,
+        })
     }
+}
 
-    fn try_delta(&mut self, region: RegionId, block: u32, data: &[u8], refer: Refer) -> bool {
-        if refer == Refer::Nothing || self.features & Features::DELTA == 0 {
-            return false;
-        }
-        let Some((base, base_hash)) = self.history.base(region, block) else {
-            return false;
+/// Blocks whose form is decided, as far as it depends on what was sent before.
+pub struct Sorted<'a> {
+    maker: &'a mut BatchMaker,
+    region: RegionId,
+    size: usize,
+    blocks: &'a [u32],
+    contents: &'a [u8],
+}
+
+impl Sorted<'_> {
+    /// Compresses and writes the batch.
+    pub fn write(self, header: BatchHeader) -> Result<EncodedBatch, EncodeError> {
+        let mut out = BatchWriter::new(header);
+        let (size, region) = (self.size, self.region);
+        let BatchMaker {
+            zstd,
+            groups: g,
+            frame,
+            ..
+        } = &mut *self.maker;
+        let data = |index: usize| &self.contents[index * size..][..size];
+        let mut numbers = std::mem::take(&mut g.numbers);
+        let mut place = |codec, indices: &mut dyn Iterator<Item = usize>| {
+            numbers.clear();
+            numbers.extend(indices.map(|index| self.blocks[index]));
+            place(codec, region, &numbers)
         };
-        let groups = &mut self.groups;
-        let start = groups.delta_xor.len();
-        let differing = xor_into(&mut groups.delta_xor, data, base);
-        // Where more than a quarter differs, the difference is hardly smaller than the contents
-        // and has lost what zstd could find in them.
-        if differing > data.len() / 4 {
-            groups.delta_xor.truncate(start);
-            return false;
-        }
-        groups.delta.push(block);
-        groups
-            .delta_bases
-            .extend_from_slice(&base_hash.to_le_bytes());
-        true
-    }
-
-    fn try_named(
-        &mut self,
-        region: RegionId,
-        block: u32,
-        data: &[u8],
-        hash: u64,
-        refer: Refer,
-    ) -> bool {
-        if refer != Refer::Anything || self.features & Features::NAMED == 0 {
-            return false;
-        }
-        let Some((from, from_block)) = self.history.origin(region, hash) else {
-            return false;
-        };
-        // The index goes by a fast hash that a guest could forge; the name on the wire cannot be
-        // forged, and the destination checks it against what it copies.
-        let groups = &mut self.groups;
-        groups.named.push(block);
-        varint::put(&mut groups.named_origins, u64::from(from.0));
-        varint::put(&mut groups.named_origins, u64::from(from_block));
-        groups
-            .named_origins
-            .extend_from_slice(blake3::hash(data).as_bytes());
-        true
-    }
-
-    fn write_groups(
-        &mut self,
-        header: BatchHeader,
-        region: RegionId,
-        plain: usize,
-    ) -> Result<EncodedBatch, EncodeError> {
-        let mut out = BatchWriter::new(header, plain);
-        let g = &self.groups;
-        let size = self.history.block_size(region).unwrap_or(0);
         // What refers to the destination's contents comes before what replaces them.
         if !g.named.is_empty() {
-            let place = place(Codec::Named, region, &g.named);
+            for (index, from, block) in &g.named {
+                // The index goes by a fast hash that a guest could forge; the name on the wire
+                // cannot be forged, and the destination checks it against what it copies.
+                varint::put(&mut g.named_origins, u64::from(from.0));
+                varint::put(&mut g.named_origins, u64::from(*block));
+                let name = blake3::hash(data(*index));
+                g.named_origins.extend_from_slice(name.as_bytes());
+            }
+            let place = place(Codec::Named, &mut g.named.iter().map(|named| named.0));
             let sum = checksum(&place, &g.named_origins);
             let plain = g.named.len() * size;
             let payload = [&g.named_origins[..]];
             out.record(Codec::Named, g.named.len(), plain, &place, sum, &payload);
         }
         if !g.delta.is_empty() {
-            let place = place(Codec::XorZstd, region, &g.delta);
+            let place = place(Codec::XorZstd, &mut g.delta.iter().copied());
             let sum = checksum(&place, &g.delta_xor);
             let plain = g.delta_xor.len();
-            compress(&mut self.zstd, &g.delta_xor, &mut self.frame)?;
-            let payload = [&g.delta_bases[..], &self.frame[..]];
+            compress(zstd, &g.delta_xor, frame)?;
+            let payload = [&g.delta_bases[..], &frame[..]];
             out.record(Codec::XorZstd, g.delta.len(), plain, &place, sum, &payload);
         }
         if !g.zero.is_empty() {
-            let place = place(Codec::Zero, region, &g.zero);
+            let place = place(Codec::Zero, &mut g.zero.iter().copied());
             let sum = checksum(&place, &[]);
             let plain = g.zero.len() * size;
             out.record(Codec::Zero, g.zero.len(), plain, &place, sum, &[]);
         }
+        for &index in &g.full {
+            if looks_incompressible(data(index)) {
+                g.noise.push(index);
+            } else {
+                g.plain.push(index);
+            }
+        }
         if !g.plain.is_empty() {
-            compress(&mut self.zstd, &g.plain_contents, &mut self.frame)?;
-            let contents = &g.plain_contents;
+            let contents = side_by_side(self.contents, size, &g.plain, &mut g.gathered);
+            compress(zstd, contents, frame)?;
             // A gain below 1/32 is not worth the decoder's time.
-            let gains = self.frame.len() + contents.len() / 32 < contents.len();
+            let gains = frame.len() + contents.len() / 32 < contents.len();
             let (codec, payload) = if gains {
-                (Codec::Zstd, &self.frame)
+                (Codec::Zstd, &frame[..])
             } else {
                 (Codec::Raw, contents)
             };
-            let place = place(codec, region, &g.plain);
+            let place = place(codec, &mut g.plain.iter().copied());
             let sum = checksum(&place, contents);
-            out.record(
-                codec,
-                g.plain.len(),
-                contents.len(),
-                &place,
-                sum,
-                &[payload],
-            );
+            let plain = contents.len();
+            out.record(codec, g.plain.len(), plain, &place, sum, &[payload]);
         }
-        if !g.raw.is_empty() {
-            let place = place(Codec::Raw, region, &g.raw);
-            let sum = checksum(&place, &g.raw_contents);
-            let plain = g.raw_contents.len();
-            let payload = [&g.raw_contents[..]];
-            out.record(Codec::Raw, g.raw.len(), plain, &place, sum, &payload);
+        if !g.noise.is_empty() {
+            let contents = side_by_side(self.contents, size, &g.noise, &mut g.gathered);
+            let place = place(Codec::Raw, &mut g.noise.iter().copied());
+            let sum = checksum(&place, contents);
+            let plain = contents.len();
+            out.record(Codec::Raw, g.noise.len(), plain, &place, sum, &[contents]);
         }
+        g.numbers = numbers;
         Ok(out.finish())
+    }
+}
+
+impl Groups {
+    fn try_delta(&mut self, index: usize, data: &[u8], (base, base_hash): (&[u8], u64)) -> bool {
+        let start = self.delta_xor.len();
+        let differing = xor_into(&mut self.delta_xor, data, base);
+        // Where more than a quarter differs, the difference is hardly smaller than the contents
+        // and has lost what zstd could find in them.
+        if differing > data.len() / 4 {
+            self.delta_xor.truncate(start);
+            return false;
+        }
+        self.delta.push(index);
+        self.delta_bases.extend_from_slice(&base_hash.to_le_bytes());
+        true
+    }
+}
+
+/// The contents of these blocks one after the other: where they lie so, or gathered.
+fn side_by_side<'a>(
+    contents: &'a [u8],
+    size: usize,
+    indices: &[usize],
+    gathered: &'a mut Vec<u8>,
+) -> &'a [u8] {
+    let first = indices[0];
+    if indices
+        .iter()
+        .zip(first..)
+        .all(|(index, next)| *index == next)
+    {
+        return &contents[first * size..][..indices.len() * size];
+    }
+    gathered.clear();
+    for index in indices {
+        gathered.extend_from_slice(&contents[index * size..][..size]);
+    }
+    gathered
+}
+
+/// Makes batches of blocks and remembers what it sent: [`BatchMaker`] and [`EncoderMemory`] on one
+/// thread.
+pub struct BlockEncoder {
+    memory: EncoderMemory,
+    maker: BatchMaker,
+}
+
+impl BlockEncoder {
+    /// An encoder for one session.
+    pub fn new(config: EncoderConfig) -> Result<Self, EncodeError> {
+        Ok(Self {
+            memory: EncoderMemory::new(&config),
+            maker: BatchMaker::new(config.level)?,
+        })
+    }
+
+    /// Changes zstd's level for the batches to come.
+    pub fn set_level(&mut self, level: i32) -> Result<(), EncodeError> {
+        self.maker.set_level(level)
+    }
+
+    /// Encodes `blocks` of a region; see [`BatchMaker::look`] and [`Looked::recall`].
+    pub fn encode_blocks(
+        &mut self,
+        header: BatchHeader,
+        region: RegionId,
+        block_size: u32,
+        blocks: &[u32],
+        contents: &[u8],
+        refer: impl Into<Refer>,
+    ) -> Result<EncodedBatch, EncodeError> {
+        let remember = self.memory.features & (Features::NAMED | Features::DELTA) != 0;
+        self.maker
+            .look(region, block_size, blocks, contents, remember)?
+            .recall(&mut self.memory, header.id, refer.into())?
+            .write(header)
+    }
+
+    /// Encodes a piece of the device state.
+    pub fn encode_state(
+        &mut self,
+        header: BatchHeader,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<EncodedBatch, EncodeError> {
+        let encoded = self.maker.encode_state(header, offset, data)?;
+        self.memory.history.begin_batch(header.id);
+        Ok(encoded)
+    }
+
+    /// See [`EncoderMemory::acknowledge`].
+    pub fn acknowledge(&mut self, batch: u64) {
+        self.memory.acknowledge(batch);
+    }
+
+    /// See [`EncoderMemory::reject`].
+    pub fn reject(&mut self, region: RegionId, block: u32) {
+        self.memory.reject(region, block);
     }
 }
 
@@ -427,6 +588,9 @@ fn zstd_error(error: std::io::Error) -> EncodeError {
     EncodeError::Zstd(error.to_string())
 }
 
+/// Longest varint, in bytes.
+const MAX_VARINT: usize = 10;
+
 /// Puts records after a header.
 struct BatchWriter {
     bytes: Vec<u8>,
@@ -434,8 +598,8 @@ struct BatchWriter {
 }
 
 impl BatchWriter {
-    fn new(header: BatchHeader, plain: usize) -> Self {
-        let mut bytes = Vec::with_capacity(plain / 2 + 64);
+    fn new(header: BatchHeader) -> Self {
+        let mut bytes = Vec::with_capacity(64);
         bytes.push(BATCH_FORMAT);
         varint::put(&mut bytes, header.id);
         varint::put(&mut bytes, u64::from(header.pass));
@@ -456,12 +620,13 @@ impl BatchWriter {
         payload: &[&[u8]],
     ) {
         let before = self.bytes.len();
+        let payload_len: usize = payload.iter().map(|part| part.len()).sum();
+        // Most batches are one large record: it is copied once, into memory of its size.
+        let most = place.len() + size_of::<u64>() + MAX_VARINT + payload_len;
+        self.bytes.reserve_exact(most);
         self.bytes.extend_from_slice(place);
         self.bytes.extend_from_slice(&checksum.to_le_bytes());
-        varint::put(
-            &mut self.bytes,
-            payload.iter().map(|part| part.len() as u64).sum(),
-        );
+        varint::put(&mut self.bytes, payload_len as u64);
         for part in payload {
             self.bytes.extend_from_slice(part);
         }

@@ -18,7 +18,10 @@ mod wire;
 
 pub use apply::{ApplyError, ApplyStats, BatchTarget};
 pub use decode::{Batch, decode_batch};
-pub use encode::{BlockEncoder, EncodeError, EncodedBatch, EncoderConfig, Refer};
+pub use encode::{
+    BatchMaker, BlockEncoder, EncodeError, EncodedBatch, EncoderConfig, EncoderMemory, Looked,
+    Refer, Sorted,
+};
 pub use stats::{CodecCount, CodecStats};
 pub use wire::{
     BATCH_FORMAT, BatchHeader, Codec, Limits, MAX_BATCH, MAX_BATCH_CONTENTS, MAX_STATE,

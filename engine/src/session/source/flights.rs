@@ -141,6 +141,11 @@ impl SourceMachine {
         self.flights.len() < MAX_FLIGHTS && self.in_flight_bytes < self.in_flight_limit()
     }
 
+    /// Whether bulk chunks wait only for the link to have room.
+    pub fn bulk_is_full(&self) -> bool {
+        !self.bulk_has_room()
+    }
+
     /// What may still be in flight at the freeze: one bandwidth × delay.
     pub(super) fn drained(&self) -> u64 {
         let product = self.estimator.bandwidth() * self.estimator.rtt().as_secs_f64();
