@@ -3,7 +3,7 @@
 //! a peer that sends more has broken the protocol.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -26,6 +26,9 @@ const MAX_STREAM: u64 = (if MAX_MESSAGE > MAX_BATCH {
 }) as u64
     + 1;
 
+/// Bytes from which on a stream's length says something about the next one's.
+const LONG: usize = 16 << 10;
+
 /// See the module's text.
 pub(super) struct Inbound {
     shared: Arc<Shared>,
@@ -38,6 +41,8 @@ pub(super) struct Inbound {
     held: AtomicU64,
     /// Bytes that may be held.
     limit: u64,
+    /// Length of the last stream that was longer than a few packets.
+    usual: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -61,6 +66,7 @@ impl Inbound {
             taken: Notify::new(),
             held: AtomicU64::new(0),
             limit: windows.total() + uncounted,
+            usual: AtomicUsize::new(0),
         }
     }
 
@@ -151,6 +157,9 @@ impl Inbound {
                 Err(_) => return,
             }
         }
+        if bytes.len() > LONG {
+            self.usual.store(bytes.len(), Ordering::Relaxed);
+        }
         if let Err(what) = self.take(bytes.into()) {
             self.shared.violation(what);
         }
@@ -205,6 +214,18 @@ impl Inbound {
             let grown = (end - bytes.len()) as u64;
             if !self.hold(grown) {
                 return false;
+            }
+            if end > bytes.capacity() {
+                // Long streams of one size follow each other: what the last one took is taken at
+                // once, and few bytes are moved again because their stream grows.
+                let usual = self.usual.load(Ordering::Relaxed);
+                let room = if end > LONG { usual } else { 0 };
+                let room = room.max(2 * end).min(MAX_STREAM as usize);
+                bytes.reserve_exact(room - bytes.len());
+            }
+            if start == bytes.len() {
+                bytes.extend_from_slice(piece);
+                return true;
             }
             bytes.resize(end, 0);
         }
