@@ -17,6 +17,9 @@ use crate::units::{show_bytes, show_rate, show_time};
 /// Time between two plain lines.
 const LINE: Duration = Duration::from_secs(2);
 
+/// Silence that is worth a word: even an idle link carries something every five seconds.
+const SILENT: Duration = Duration::from_secs(6);
+
 /// Bytes sent from which on the time that is left is estimated.
 const SETTLED: u64 = 4 << 20;
 
@@ -109,8 +112,25 @@ fn source_line(progress: &SourceProgress) -> String {
     if let Some(downtime) = progress.downtime {
         text.push_str(&format!(", downtime {}", show_time(downtime)));
     }
-    if !progress.linked {
-        text.push_str(" — link lost, waiting for it");
+    text.push_str(&silence(
+        progress.linked,
+        progress.silent,
+        progress.gives_up_in,
+    ));
+    text
+}
+
+/// What an operator wants to know of a link that brings nothing; empty while all is well.
+fn silence(linked: bool, silent: Duration, gives_up_in: Option<Duration>) -> String {
+    let mut text = if !linked {
+        format!(" — link lost, silent for {} s", silent.as_secs())
+    } else if silent >= SILENT {
+        format!(" — link silent for {} s", silent.as_secs())
+    } else {
+        return String::new();
+    };
+    if let Some(left) = gives_up_in {
+        text.push_str(&format!(", waiting for {} s more", left.as_secs()));
     }
     text
 }
@@ -160,9 +180,11 @@ async fn show_destination(mut shown: watch::Receiver<Waiting>) {
                 if progress.faults > 0 {
                     text.push_str(&format!(", {} faults", progress.faults));
                 }
-                if !progress.linked {
-                    text.push_str(" — link lost, waiting for the source");
-                }
+                text.push_str(&silence(
+                    progress.linked,
+                    progress.silent,
+                    progress.gives_up_in,
+                ));
                 if terminal {
                     bar.set_message(text);
                     bar.tick();
@@ -190,5 +212,24 @@ impl Lines {
             self.last = Some((Instant::now(), phase));
         }
         due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_mentioned_when_it_brings_nothing() {
+        let seconds = Duration::from_secs;
+        assert_eq!(silence(true, seconds(5), Some(seconds(595))), "");
+        assert_eq!(
+            silence(true, seconds(12), Some(seconds(588))),
+            " — link silent for 12 s, waiting for 588 s more"
+        );
+        assert_eq!(
+            silence(false, seconds(40), None),
+            " — link lost, silent for 40 s"
+        );
     }
 }

@@ -274,6 +274,9 @@ pub struct Link {
     /// What the urgent lane's datagrams have done, on the last connection.
     #[serde(default)]
     pub urgent: UrgentStats,
+    /// Longest time, in seconds, in which nothing was heard of the other side.
+    #[serde(default)]
+    pub longest_silence: f64,
 }
 
 impl From<LinkFigures> for Link {
@@ -287,6 +290,7 @@ impl From<LinkFigures> for Link {
             received_bytes: 0,
             reconnects: 0,
             urgent: UrgentStats::default(),
+            longest_silence: 0.0,
         }
     }
 }

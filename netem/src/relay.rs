@@ -162,6 +162,14 @@ impl RelayHandle {
         self.shared.announce();
     }
 
+    /// Gives every client another socket towards the target from its next datagram on, as a NAT does
+    /// that has forgotten them: the target sees them come from new ports, and what it sends to the
+    /// old ones is lost.
+    pub fn rebind(&self) {
+        lock(&self.shared.clients).clear();
+        self.shared.announce();
+    }
+
     /// Ends the relay and says what happened in its life.
     pub fn stop(mut self) -> LinkStats {
         self.end();

@@ -138,6 +138,39 @@ fn a_long_cut_in_postcopy_ends_with_a_new_link() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_cut_in_precopy_is_waited_for() -> Result<()> {
+    let mut it = Move::start(32, SLOW_LINK, &[], &["--verify"])?;
+    it.reach("pre-copy")?;
+    it.relay.set_down(true);
+    // Longer than a probe's patience, shorter than the link's.
+    it.send
+        .process
+        .wait_for_stderr("link silent for", PATIENCE)?;
+    it.relay.set_down(false);
+    it.has_moved()?;
+    let link = it.send.report()?.link.context("no figures of the link")?;
+    ensure!(link.reconnects == 0, "the link was lost");
+    ensure!(link.longest_silence >= 6.0, "{} s", link.longest_silence);
+    Ok(())
+}
+
+/// The source comes from another port in every phase, as behind a NAT that forgets it. The link goes
+/// on: nothing is dialed anew.
+#[test]
+fn an_address_that_changes_in_every_phase_is_followed() -> Result<()> {
+    let arguments = ["--mem-frac", "0.5"];
+    let mut it = Move::start(16, LONG_LINK, &arguments, &["--verify"])?;
+    for phase in ["pre-copy", "freeze-copy", "post-copy"] {
+        it.reach(phase)?;
+        it.relay.rebind();
+    }
+    it.has_moved()?;
+    let link = it.send.report()?.link.context("no figures of the link")?;
+    ensure!(link.reconnects == 0, "the link was lost");
+    Ok(())
+}
+
 /// Wherever exactly the cut falls, one side has the guest.
 fn cut_at_the_handover(send: &[&str], until_lost: bool) -> Result<()> {
     let mut it = Move::start(16, LONG_LINK, send, &["--verify"])?;

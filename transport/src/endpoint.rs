@@ -109,6 +109,15 @@ impl Endpoint {
         self.judge.steering.set_rate_limit(limit);
     }
 
+    /// Moves to another port of the system's choice, and with it every link: QUIC carries them to the
+    /// new address without losing what is under way. For a host whose address has changed.
+    pub fn rebind(&self) -> Result<(), TransportError> {
+        let addr = unspecified(self.local_addr()?);
+        let bind = |source| TransportError::Bind { addr, source };
+        let socket = socket::bind(addr).map_err(bind)?;
+        self.quinn.rebind(socket).map_err(bind)
+    }
+
     /// Connects to a server. Returns when both sides have accepted each other.
     pub async fn connect(&self, addr: SocketAddr) -> Result<Link, TransportError> {
         let link = self.dial(addr).await?;
@@ -199,6 +208,14 @@ fn open(
         Arc::new(quinn::TokioRuntime),
     )
     .map_err(bind)
+}
+
+/// Any address of the same family, and any port.
+fn unspecified(addr: SocketAddr) -> SocketAddr {
+    match addr {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+    }
 }
 
 /// Takes connections until the endpoint is closed. Handshakes run beside each other: one that

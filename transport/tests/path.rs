@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use hybridmig_netem::{Relay, RelayConfig, RelayHandle};
+use hybridmig_transport::message::{Message, RegionId};
 use hybridmig_transport::{Endpoint, Identity, Incoming, Lane, TransportConfig, Trust};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -96,6 +98,76 @@ async fn a_lossy_path_works() {
         .await
         .expect("still waiting");
     assert!(stats.lost_packets > 0, "{stats:?}");
+}
+
+/// Bulk one way and messages the other while the addresses of the client change.
+async fn moves(change: impl Fn(&Endpoint, &RelayHandle)) {
+    const BATCHES: u32 = 120;
+    let config = TransportConfig::default();
+    let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+    let trust = |identity: &Identity| Trust::new().with_peer(identity.fingerprint());
+    let server = Endpoint::server(LOCALHOST, &bob, trust(&alice), &config).unwrap();
+    let client = Endpoint::client(&alice, trust(&bob), &config).unwrap();
+    let relay = Relay::start(RelayConfig {
+        listen: LOCALHOST,
+        target: server.local_addr().unwrap(),
+        link: "delay 10ms rate 200mbit limit 50ms".parse().unwrap(),
+        seed: 1,
+    })
+    .unwrap();
+    let (source, destination) = tokio::join!(client.connect(relay.local_addr()), server.accept());
+    let (source, destination) = (source.unwrap(), destination.unwrap());
+    let first = destination.peer_addr();
+    let sender = source.clone();
+    let sending = tokio::spawn(async move {
+        for number in 0..BATCHES {
+            let mut batch = vec![7; 100_000];
+            batch[..4].copy_from_slice(&number.to_le_bytes());
+            sender.send_batch(Lane::Bulk, batch.into()).await.unwrap();
+        }
+    });
+    let mut arrived = std::collections::BTreeSet::new();
+    while arrived.len() < BATCHES as usize {
+        let incoming = tokio::time::timeout(Duration::from_secs(20), destination.next_incoming());
+        let Incoming::Batch { bytes, .. } = incoming.await.unwrap().unwrap() else {
+            panic!("a batch was sent");
+        };
+        let number = u32::from_le_bytes(bytes[..4].try_into().unwrap());
+        assert!(arrived.insert(number), "{number} came twice");
+        // At a third, at two thirds, and when nearly all is there.
+        if [40, 80, 110].contains(&arrived.len()) {
+            change(&client, &relay);
+            // The other way finds the client at its new address as soon as that has sent anything.
+            let fetch = Message::Fetch {
+                region: RegionId(0),
+                blocks: vec![arrived.len() as u32],
+            };
+            destination
+                .send_message(Lane::Urgent, &fetch)
+                .await
+                .unwrap();
+            let answer = tokio::time::timeout(Duration::from_secs(20), source.next_incoming());
+            assert_eq!(answer.await.unwrap(), Ok(Incoming::Message(fetch)));
+        }
+    }
+    sending.await.unwrap();
+    assert_ne!(
+        destination.peer_addr(),
+        first,
+        "the address has not changed"
+    );
+    let stats = source.stats();
+    assert!(stats.cwnd > 0 && stats.bandwidth > 0.0, "{stats:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_follows_a_client_that_moves_to_another_socket() {
+    moves(|client, _| client.rebind().unwrap()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_follows_a_client_whose_nat_forgets_it() {
+    moves(|_, relay| relay.rebind()).await;
 }
 
 /// Page faults across a lossy link with bulk beside them: latencies in seconds, sorted.

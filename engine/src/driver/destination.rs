@@ -15,6 +15,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use super::destination_data::ApplyPlane;
 use super::destination_report::{Facts, build, summary};
 use super::sampler::{INTERVAL, Sampler};
+use super::silence::Silence;
 use super::source::{AbortOnDrop, cancelled, chain};
 use super::worker::Worker;
 use super::{DriverError, LinkTasks, say_goodbye, say_goodbye_briefly, wait_until};
@@ -219,6 +220,7 @@ async fn serve(
         tasks: None,
         last_link: None,
         reconnects: 0,
+        silence: Silence::new(started),
         sampler,
         peer_software: None,
         version: None,
@@ -247,6 +249,7 @@ async fn serve(
         plane: &driver.plane,
         link: driver.last_link.as_ref(),
         reconnects: driver.reconnects,
+        silence: &driver.silence,
         peer_software: driver.peer_software.clone(),
         verified,
         sampler: &driver.sampler,
@@ -268,6 +271,7 @@ struct Driver {
     tasks: Option<LinkTasks>,
     last_link: Option<Link>,
     reconnects: u32,
+    silence: Silence,
     sampler: Arc<Sampler>,
     peer_software: Option<String>,
     version: Option<u16>,
@@ -305,7 +309,11 @@ impl Driver {
                     continue;
                 }
                 _ = measure.tick() => {
-                    progress.send_replace(Waiting::Session(Box::new(self.machine.progress())));
+                    let received = self.tasks.as_ref().map(LinkTasks::received);
+                    progress.send_replace(Waiting::Session(Box::new(DestinationProgress {
+                        silent: self.silence.look(Instant::now(), received),
+                        ..self.machine.progress(self.started.elapsed())
+                    })));
                     continue;
                 }
             };

@@ -8,6 +8,7 @@ use hybridmig_transport::message::{DestinationSummary, Offer, SessionId};
 use super::destination_data::ApplyPlane;
 use super::link_report;
 use super::sampler::Sampler;
+use super::silence::Silence;
 use super::source_report::phase;
 use crate::guest::DestinationGuest;
 use crate::report::{Faults, Report, Side, Times, Verified};
@@ -93,6 +94,7 @@ pub struct Facts<'a> {
     pub plane: &'a ApplyPlane,
     pub link: Option<&'a Link>,
     pub reconnects: u32,
+    pub silence: &'a Silence,
     pub peer_software: Option<String>,
     pub verified: Option<Verified>,
     pub sampler: &'a Sampler,
@@ -128,7 +130,9 @@ pub fn build(facts: Facts<'_>) -> Report {
     let min_rtt = facts
         .link
         .map_or(Duration::ZERO, |link| link.stats().min_rtt);
-    report.link = facts.link.map(|link| link_report(link, facts.reconnects));
+    report.link = facts
+        .link
+        .map(|link| link_report(link, facts.reconnects, facts.silence));
     if resumed.is_some() {
         let summary = summary(facts.plane, facts.guest, facts.sampler);
         report.faults = Some(Faults::from_summary(&summary, min_rtt));

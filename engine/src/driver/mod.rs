@@ -8,6 +8,7 @@ mod encoding;
 mod fault_desk;
 pub mod level;
 mod sampler;
+mod silence;
 pub mod source;
 mod source_data;
 mod source_report;
@@ -25,6 +26,7 @@ use hybridmig_transport::message::Message;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use self::silence::Silence;
 use crate::journal::{Context, Journal, JournalError, Record};
 use crate::session::io::LinkFigures;
 
@@ -104,6 +106,11 @@ impl LinkTasks {
     /// Whether the link has ended.
     pub(crate) fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
+    }
+
+    /// Bytes received over the link, as UDP payload.
+    pub(crate) fn received(&self) -> u64 {
+        self.link.stats().received_bytes
     }
 
     /// Queues a message for the control lane.
@@ -216,13 +223,14 @@ pub(crate) fn append<R: Record + Clone>(
 }
 
 /// What a report says of the link, of which that many were lost before.
-fn link_report(link: &Link, reconnects: u32) -> crate::report::Link {
+fn link_report(link: &Link, reconnects: u32, silence: &Silence) -> crate::report::Link {
     let stats = link.stats();
     crate::report::Link {
         sent_bytes: stats.sent_bytes,
         received_bytes: stats.received_bytes,
         reconnects,
         urgent: stats.urgent,
+        longest_silence: silence.longest().as_secs_f64(),
         ..figures(link).into()
     }
 }

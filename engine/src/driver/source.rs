@@ -15,6 +15,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
 use super::level::Level;
 use super::sampler::{INTERVAL, Sampler};
+use super::silence::Silence;
 use super::source_data::DataPlane;
 use super::source_report::{Marks, build};
 use super::worker::Worker;
@@ -114,6 +115,7 @@ pub async fn run(
         tasks: None,
         last_link: None,
         reconnects: 0,
+        silence: Silence::new(started),
     };
     // The first words go out a round trip before it is known whether they are wanted.
     driver.adopt(link.clone()).await;
@@ -149,6 +151,7 @@ struct Driver {
     tasks: Option<LinkTasks>,
     last_link: Option<Link>,
     reconnects: u32,
+    silence: Silence,
 }
 
 impl Driver {
@@ -181,7 +184,12 @@ impl Driver {
                     continue;
                 }
                 _ = measure.tick() => {
-                    progress.send_replace(Some(self.plane.progress()));
+                    let received = self.tasks.as_ref().map(LinkTasks::received);
+                    let silent = self.silence.look(Instant::now(), received);
+                    progress.send_replace(Some(SourceProgress {
+                        silent,
+                        ..self.plane.progress()
+                    }));
                     match &self.last_link {
                         Some(link) if self.tasks.is_some() => SourceInput::Link(figures(link)),
                         _ => continue,
@@ -276,6 +284,7 @@ impl Driver {
             marks: &self.marks,
             link: self.last_link.as_ref(),
             reconnects: self.reconnects,
+            silence: &self.silence,
         }
     }
 }

@@ -9,6 +9,7 @@ use hybridmig_transport::message::{DestinationSummary, Message, ResumeTimings};
 
 use super::link_report;
 use super::sampler::Sampler;
+use super::silence::Silence;
 use super::source_data::DataPlane;
 use crate::agility::{SpeedSample, agility};
 use crate::guest::SourceGuest;
@@ -86,6 +87,7 @@ pub struct Facts<'a> {
     pub marks: &'a Marks,
     pub link: Option<&'a Link>,
     pub reconnects: u32,
+    pub silence: &'a Silence,
 }
 
 /// Makes the report.
@@ -104,7 +106,9 @@ pub fn build(facts: &Facts<'_>, sampler: &Sampler) -> Report {
     let min_rtt = facts
         .link
         .map_or(Duration::ZERO, |link| link.stats().min_rtt);
-    report.link = facts.link.map(|link| link_report(link, facts.reconnects));
+    report.link = facts
+        .link
+        .map(|link| link_report(link, facts.reconnects, facts.silence));
     {
         let machine = facts.plane.machine();
         report.rounds = machine

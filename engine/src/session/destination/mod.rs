@@ -129,6 +129,10 @@ pub struct DestinationProgress {
     pub linked: bool,
     /// Times the link came back.
     pub reconnects: u32,
+    /// How long nothing has been heard of the source, not even by its transport.
+    pub silent: Duration,
+    /// When the session stops waiting for it.
+    pub gives_up_in: Option<Duration>,
 }
 
 /// See the module's documentation.
@@ -357,8 +361,8 @@ impl DestinationMachine {
         }
     }
 
-    /// Where the session stands.
-    pub fn progress(&self) -> DestinationProgress {
+    /// Where the session stands. How long the transport has been silent is for the driver to add.
+    pub fn progress(&self, now: Duration) -> DestinationProgress {
         DestinationProgress {
             phase: self.phase(),
             batches: self.batches,
@@ -368,6 +372,8 @@ impl DestinationMachine {
             rejected: self.rejected,
             linked: self.link != Link::Down,
             reconnects: self.reconnects,
+            silent: Duration::ZERO,
+            gives_up_in: self.deadline().map(|until| until.saturating_sub(now)),
         }
     }
 

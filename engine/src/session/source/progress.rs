@@ -171,10 +171,14 @@ pub struct SourceProgress {
     pub linked: bool,
     /// Times the link came back.
     pub reconnects: u32,
+    /// How long nothing has been heard of the destination, not even by its transport.
+    pub silent: Duration,
+    /// When the session stops waiting for it.
+    pub gives_up_in: Option<Duration>,
 }
 
 impl SourceMachine {
-    /// Where the session stands.
+    /// Where the session stands. How long the transport has been silent is for the driver to add.
     pub fn progress(&self, now: Duration) -> SourceProgress {
         let remaining = match self.state {
             State::Offered | State::Accepting | State::PostCopy => {
@@ -204,6 +208,11 @@ impl SourceMachine {
                 .map(|freeze| milestones.accepted.unwrap_or(now).saturating_sub(freeze)),
             linked: self.link != super::Link::Down,
             reconnects: self.figures.reconnects,
+            silent: Duration::ZERO,
+            gives_up_in: self.waits_for_peer().then(|| {
+                let until = self.heard.saturating_add(self.config.patience);
+                until.saturating_sub(now)
+            }),
         }
     }
 
