@@ -216,11 +216,14 @@ impl Loopback {
     }
 }
 
+/// A figure of a run, from the times on cores and that on the wall.
+type Figure = fn(Spent, Duration) -> Duration;
+
 fn link(criterion: &mut Criterion) {
     let loopback = Loopback::new();
     let contents = noise(4, SENT as usize * BLOCK);
     let mut memory = Memory(vec![0; contents.len()]);
-    let figures: [(&str, fn(Spent, Duration) -> Duration); 4] = [
+    let figures: [(&str, Figure); 4] = [
         ("encode+link/source core", |spent, _| spent.source),
         ("link+apply/destination core", |spent, _| spent.destination),
         ("encode+link+apply/core", |spent, _| {

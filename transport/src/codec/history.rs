@@ -119,7 +119,7 @@ impl History {
     pub(super) fn base(&self, region: RegionId, block: u32) -> Option<(&[u8], u64)> {
         let kept = self.contents.kept.get(&(region, block))?;
         (self.applied.contains(kept.batch) && self.sent_last(region, block) == Some(kept.batch))
-            .then_some((&*kept.data, kept.hash))
+            .then_some((self.contents.slabs.at(kept.data), kept.hash))
     }
 
     /// A block that has this content at the destination.
@@ -209,6 +209,7 @@ fn key_of(region: RegionId, block: u32) -> u64 {
 /// block just before its turn comes.
 struct Contents {
     kept: HashMap<Key, Kept>,
+    slabs: Slabs,
     once: VecDeque<Key>,
     often: VecDeque<Key>,
     bytes: usize,
@@ -217,7 +218,7 @@ struct Contents {
 }
 
 struct Kept {
-    data: Box<[u8]>,
+    data: Slot,
     hash: u64,
     batch: u64,
     often: bool,
@@ -227,6 +228,7 @@ impl Contents {
     fn new(limit: usize) -> Self {
         Self {
             kept: HashMap::new(),
+            slabs: Slabs::default(),
             once: VecDeque::new(),
             often: VecDeque::new(),
             bytes: 0,
@@ -237,9 +239,9 @@ impl Contents {
 
     fn keep(&mut self, key: Key, batch: u64, data: &[u8], hash: u64, sent_before: bool) {
         if let Some(kept) = self.kept.get_mut(&key)
-            && kept.data.len() == data.len()
+            && kept.data.len == data.len()
         {
-            kept.data.copy_from_slice(data);
+            self.slabs.at_mut(kept.data).copy_from_slice(data);
             kept.hash = hash;
             kept.batch = batch;
             if !kept.often {
@@ -261,10 +263,12 @@ impl Contents {
             &mut self.once
         };
         queue.push_back(key);
+        let slot = self.slabs.take(data.len());
+        self.slabs.at_mut(slot).copy_from_slice(data);
         self.kept.insert(
             key,
             Kept {
-                data: data.into(),
+                data: slot,
                 hash,
                 batch,
                 often: sent_before,
@@ -275,7 +279,8 @@ impl Contents {
 
     fn forget(&mut self, key: Key) {
         if let Some(kept) = self.kept.remove(&key) {
-            self.bytes -= kept.data.len();
+            self.bytes -= kept.data.len;
+            self.slabs.give_back(kept.data);
         }
     }
 
@@ -314,6 +319,56 @@ impl Contents {
             self.often
                 .retain(|key| kept.get(key).is_some_and(|k| k.often) && seen.insert(*key));
         }
+    }
+}
+
+/// A place for the contents of one block.
+#[derive(Clone, Copy)]
+struct Slot {
+    slab: usize,
+    offset: usize,
+    len: usize,
+}
+
+/// Memory for contents, taken from the system in large pieces: block by block it would cost more
+/// than the copying. Places are used again for contents of the same length, of which a session has
+/// as many as its regions have block sizes.
+#[derive(Default)]
+struct Slabs {
+    slabs: Vec<Box<[u8]>>,
+    free: BTreeMap<usize, Vec<Slot>>,
+}
+
+impl Slabs {
+    /// Length of a slab, unless one block is longer.
+    const SLAB: usize = 1 << 20;
+
+    fn take(&mut self, len: usize) -> Slot {
+        let free = self.free.entry(len).or_default();
+        if free.is_empty() {
+            let slab = self.slabs.len();
+            let count = (Self::SLAB / len.max(1)).max(1);
+            self.slabs.push(vec![0; count * len].into());
+            // The lowest is taken first.
+            free.extend((0..count).rev().map(|index| Slot {
+                slab,
+                offset: index * len,
+                len,
+            }));
+        }
+        free.pop().expect("filled above")
+    }
+
+    fn give_back(&mut self, slot: Slot) {
+        self.free.entry(slot.len).or_default().push(slot);
+    }
+
+    fn at(&self, slot: Slot) -> &[u8] {
+        &self.slabs[slot.slab][slot.offset..][..slot.len]
+    }
+
+    fn at_mut(&mut self, slot: Slot) -> &mut [u8] {
+        &mut self.slabs[slot.slab][slot.offset..][..slot.len]
     }
 }
 
@@ -356,6 +411,26 @@ mod tests {
         history.begin_batch(7);
         history.sent(RAM, 0, 7, b"aaaa", 1, true);
         assert!(history.base(RAM, 0).is_none());
+    }
+
+    #[test]
+    fn places_are_used_again_and_hold_one_block_each() {
+        let mut contents = Contents::new(3 * Slabs::SLAB);
+        for round in 0..20_u32 {
+            for block in 0..512_u32 {
+                let data = [(block % 251) as u8 ^ round as u8; 4096];
+                contents.keep((RAM, block), u64::from(round), &data, 1, true);
+            }
+            for block in (0..512).step_by(3) {
+                contents.forget((RAM, block));
+            }
+            for (key, kept) in &contents.kept {
+                let expected = (key.1 % 251) as u8 ^ round as u8;
+                let data = contents.slabs.at(kept.data);
+                assert!(data.iter().all(|byte| *byte == expected), "{key:?}");
+            }
+        }
+        assert_eq!(contents.slabs.slabs.len(), 2);
     }
 
     #[test]
