@@ -1,6 +1,6 @@
 //! From contents to batches, on as many threads as there are. Chooses the form of every block; what
-//! it refers to was acknowledged by the destination, which checks it again. Never sends a block twice in one batch, never makes a
-//! batch larger than [`MAX_BATCH`].
+//! it refers to was acknowledged by the destination, which checks it again. Never sends a block
+//! twice in one batch, never makes a batch larger than [`MAX_BATCH`].
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
