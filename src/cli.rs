@@ -67,6 +67,8 @@ pub enum Command {
     Netem(NetemArgs),
     /// Relay UDP with the delay, rate and loss of a long link, to try things over.
     Relay(RelayArgs),
+    /// Change how fast a running `send` may send.
+    Limit(LimitArgs),
     /// Tell what the journals know of sessions that ended badly, and decide about them.
     Resolve(ResolveArgs),
     /// Print a completion script for a shell.
@@ -119,7 +121,7 @@ pub enum CongestionArg {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Link")]
 pub struct LinkArgs {
-    /// Never send faster than this, for example 200mbit.
+    /// Never send faster than this, for example 200mbit; `hybridmig limit` changes it while running.
     #[arg(long, value_name = "RATE", value_parser = units::rate)]
     pub rate_limit: Option<u64>,
     /// Congestion control.
@@ -195,6 +197,21 @@ pub struct SendArgs {
     /// Output.
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+/// `hybridmig limit`.
+#[derive(Clone, Debug, Args)]
+pub struct LimitArgs {
+    /// The new cap, for example 50mbit, or `none`.
+    #[arg(value_name = "RATE")]
+    pub rate: units::Cap,
+    /// Which session, where several are under way.
+    #[arg(long, value_name = "SESSION")]
+    pub session: Option<SessionId>,
+    /// Where the running `send` keeps its journals [default: /var/lib/hybridmig for root,
+    /// ~/.local/state/hybridmig for others].
+    #[arg(long, value_name = "DIR", env = "HYBRIDMIG_STATE", value_hint = ValueHint::DirPath)]
+    pub state_dir: Option<PathBuf>,
 }
 
 /// Which guest takes the arriving one's place.

@@ -2,6 +2,7 @@
 
 mod cli;
 mod commands;
+mod control;
 mod progress;
 mod show;
 mod units;
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         Command::Guest(args) => commands::guest::run(args),
         Command::Netem(args) => commands::netem::run(args.command),
         Command::Relay(args) => commands::relay::run(args),
+        Command::Limit(args) => commands::limit::run(&args),
         Command::Resolve(args) => commands::resolve::run(args),
         Command::Completions { shell } => Ok(commands::generate::completions(shell)),
         Command::Man { directory } => commands::generate::man(&directory),

@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use hybridmig_engine::driver::destination::Waiting;
-use hybridmig_engine::session::io::Phase;
+use hybridmig_engine::session::io::{LinkFigures, Phase};
 use hybridmig_engine::session::source::SourceProgress;
 use hybridmig_transport::message::Mode;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -19,6 +19,10 @@ const LINE: Duration = Duration::from_secs(2);
 
 /// Silence that is worth a word: even an idle link carries something every five seconds.
 const SILENT: Duration = Duration::from_secs(6);
+
+/// A queue, and a share of packets lost, that are worth a word.
+const QUEUED: Duration = Duration::from_millis(5);
+const LOST: f64 = 0.000_5;
 
 /// Bytes sent from which on the time that is left is estimated.
 const SETTLED: u64 = 4 << 20;
@@ -106,6 +110,7 @@ fn source_line(progress: &SourceProgress) -> String {
     if let Some(eta) = progress.eta.filter(|_| progress.bytes_sent >= SETTLED) {
         text.push_str(&format!(", about {}", show_time(eta)));
     }
+    text.push_str(&link(&progress.link));
     if progress.faults > 0 {
         text.push_str(&format!(", {} faults served", progress.faults));
     }
@@ -117,6 +122,28 @@ fn source_line(progress: &SourceProgress) -> String {
         progress.silent,
         progress.gives_up_in,
     ));
+    text
+}
+
+/// The link as it is now; empty while nothing is known.
+fn link(figures: &LinkFigures) -> String {
+    if figures.min_rtt.is_zero() || figures.bandwidth <= 0.0 {
+        return String::new();
+    }
+    let mut text = format!(
+        "; link {}, {}",
+        show_rate(figures.bandwidth),
+        show_time(figures.min_rtt)
+    );
+    if figures.queue >= QUEUED {
+        text.push_str(&format!(" + {} queued", show_time(figures.queue)));
+    }
+    if figures.loss >= LOST {
+        text.push_str(&format!(", {:.1} % lost", 100.0 * figures.loss));
+    }
+    if figures.shared {
+        text.push_str(", shared");
+    }
     text
 }
 

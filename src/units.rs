@@ -45,6 +45,24 @@ pub fn rate(text: &str) -> Result<u64, String> {
     whole(number * factor, text)
 }
 
+/// A rate that is not to be exceeded, in bytes/s; nothing for `none`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cap(pub Option<u64>);
+
+impl std::str::FromStr for Cap {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self(None)),
+            _ => match rate(text)? {
+                0 => Err("a cap of nothing would stop the migration; cancel it instead".to_owned()),
+                rate => Ok(Self(Some(rate))),
+            },
+        }
+    }
+}
+
 /// Parses a duration: a number and one of `us ms s m h`.
 pub fn time(text: &str) -> Result<Duration, String> {
     let (number, unit) = split(text)?;

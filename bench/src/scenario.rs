@@ -15,6 +15,7 @@ use crate::link::LinkFacts;
 pub const EMBEDDED: &[(&str, &str)] = &[
     ("smoke", include_str!("../scenarios/smoke.toml")),
     ("bench", include_str!("../scenarios/bench.toml")),
+    ("writers", include_str!("../scenarios/writers.toml")),
     ("full", include_str!("../scenarios/full.toml")),
 ];
 

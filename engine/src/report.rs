@@ -265,6 +265,15 @@ pub struct Link {
     pub bandwidth: f64,
     /// Share of packets lost.
     pub loss: f64,
+    /// Packets that are lost together, on average; 0 while nobody knows.
+    #[serde(default)]
+    pub loss_burst: f64,
+    /// Time that packets lately waited at the bottleneck, in ms.
+    #[serde(default)]
+    pub queue_ms: f64,
+    /// Whether others seemed to use the bottleneck as well.
+    #[serde(default)]
+    pub shared: bool,
     /// Bytes of all UDP payload sent by this side.
     pub sent_bytes: u64,
     /// Bytes of all UDP payload received by this side.
@@ -286,6 +295,9 @@ impl From<LinkFigures> for Link {
             rtt_ms: figures.rtt.as_secs_f64() * 1e3,
             bandwidth: figures.bandwidth,
             loss: figures.loss,
+            loss_burst: figures.loss_burst,
+            queue_ms: figures.queue.as_secs_f64() * 1e3,
+            shared: figures.shared,
             sent_bytes: 0,
             received_bytes: 0,
             reconnects: 0,

@@ -6,6 +6,7 @@ pub mod demo;
 pub mod generate;
 pub mod guest;
 pub mod keys;
+pub mod limit;
 pub mod netem;
 pub mod recv;
 pub mod relay;

@@ -20,6 +20,7 @@ use super::{
     state_dir, transport_config, write_report,
 };
 use crate::cli::{SendArgs, SourceGuestArgs};
+use crate::control::Control;
 use crate::progress::SourceView;
 use crate::show;
 
@@ -36,6 +37,7 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
         patience: args.link.patience,
         ..SourceConfig::new(new_session()?, args.mode)
     };
+    let session = config.session;
     let run = runtime()?.block_on(async {
         let cancel = cancel_on_signals(ONCE_MORE)?;
         let target = resolve_host(&args.to).await?;
@@ -44,6 +46,7 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
             trust,
             &transport_config(&args.link),
         )?);
+        let _control = Control::start(&state_dir, session, endpoint.clone())?;
         let (progress, shown) = watch::channel(None);
         let view = SourceView::start(shown, args.output.quiet, args.mode);
         let job = SourceJob {

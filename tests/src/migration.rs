@@ -143,9 +143,22 @@ impl Host {
 
     /// Runs `hybridmig resolve` and returns its exit code and all that it has said.
     pub fn resolve(&self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+        self.about_sessions("resolve", arguments)
+    }
+
+    /// Runs `hybridmig limit` and returns its exit code and all that it has said.
+    pub fn limit(&self, arguments: &[&str]) -> Result<(Option<i32>, String)> {
+        self.about_sessions("limit", arguments)
+    }
+
+    fn about_sessions(
+        &self,
+        subcommand: &str,
+        arguments: &[&str],
+    ) -> Result<(Option<i32>, String)> {
         let mut command = Command::new(hybridmig_binary()?);
         command
-            .args(["resolve", "--state-dir"])
+            .args([subcommand, "--state-dir"])
             .arg(self.path("state"))
             .args(arguments);
         said(command)

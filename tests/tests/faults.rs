@@ -451,3 +451,25 @@ fn a_destination_without_a_journal_declines() -> Result<()> {
     it.arrived.is_nowhere()?;
     it.guest.runs_here()
 }
+
+#[test]
+fn a_cap_is_changed_while_a_guest_moves() -> Result<()> {
+    // Under this cap it would take minutes, which is more than this test waits.
+    let cap = ["--rate-limit", "1mbit", "--mode", "precopy"];
+    let mut it = Move::start(64, "delay 5ms rate 500mbit limit 50ms", &cap, &["--verify"])?;
+    it.reach("pre-copy")?;
+    says(
+        it.source.limit(&["0mbit"])?,
+        2,
+        &["would stop the migration"],
+    )?;
+    says(
+        it.destination.limit(&["none"])?,
+        1,
+        &["no `send` is under way"],
+    )?;
+    says(it.source.limit(&["2mbit"])?, 0, &["at most 2.0 Mbit/s"])?;
+    says(it.source.limit(&["none"])?, 0, &["no cap"])?;
+    it.has_moved()?;
+    says(it.source.limit(&["none"])?, 1, &["no `send` is under way"])
+}

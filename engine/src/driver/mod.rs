@@ -243,5 +243,8 @@ pub(crate) fn figures(link: &Link) -> LinkFigures {
         min_rtt: stats.min_rtt,
         bandwidth: stats.bandwidth,
         loss: stats.loss,
+        loss_burst: stats.loss_burst,
+        queue: stats.queue,
+        shared: stats.shared,
     }
 }

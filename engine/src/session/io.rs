@@ -144,6 +144,12 @@ pub struct LinkFigures {
     pub bandwidth: f64,
     /// Share of packets lost, 0 to 1.
     pub loss: f64,
+    /// Packets that are lost together, on average; 1 where losses are independent, 0 while nobody knows.
+    pub loss_burst: f64,
+    /// Time that packets lately waited at the bottleneck.
+    pub queue: Duration,
+    /// Whether others seem to use the bottleneck as well.
+    pub shared: bool,
 }
 
 /// Records of the source's journal.

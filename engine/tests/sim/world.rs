@@ -419,6 +419,7 @@ impl World {
                         min_rtt: 2 * self.scenario.delay,
                         bandwidth: self.scenario.bandwidth as f64,
                         loss: self.scenario.loss.mean(),
+                        ..LinkFigures::default()
                     };
                     self.source_input(SourceInput::Link(figures));
                 }

@@ -6,7 +6,7 @@ use hybridmig_transport::message::{DestinationSummary, ResumeTimings};
 use serde::Serialize;
 
 use super::{ChunkKind, SourceMachine, State};
-use crate::session::io::Phase;
+use crate::session::io::{LinkFigures, Phase};
 
 /// Chunks handed out for one purpose.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -171,6 +171,8 @@ pub struct SourceProgress {
     pub linked: bool,
     /// Times the link came back.
     pub reconnects: u32,
+    /// What the transport says of the link.
+    pub link: LinkFigures,
     /// How long nothing has been heard of the destination, not even by its transport.
     pub silent: Duration,
     /// When the session stops waiting for it.
@@ -208,6 +210,7 @@ impl SourceMachine {
                 .map(|freeze| milestones.accepted.unwrap_or(now).saturating_sub(freeze)),
             linked: self.link != super::Link::Down,
             reconnects: self.figures.reconnects,
+            link: self.link_figures(),
             silent: Duration::ZERO,
             gives_up_in: self.waits_for_peer().then(|| {
                 let until = self.heard.saturating_add(self.config.patience);
@@ -217,7 +220,7 @@ impl SourceMachine {
     }
 
     /// What the transport said of the link last.
-    pub fn link_figures(&self) -> crate::session::io::LinkFigures {
+    pub fn link_figures(&self) -> LinkFigures {
         self.estimator.link_figures()
     }
 }

@@ -4,6 +4,9 @@
 const NEWEST: f64 = 0.25;
 const NEWEST_BURST: f64 = 1.0 / 16.0;
 
+/// Share lost beyond the usual that is worth a reaction.
+const UNUSUAL: f64 = 0.03;
+
 /// Loss by rounds.
 #[derive(Clone, Debug)]
 pub(super) struct Losses {
@@ -40,6 +43,16 @@ impl Losses {
     /// Bytes lost in the round under way.
     pub(super) fn lost_in_round(&self) -> f64 {
         self.lost as f64
+    }
+
+    /// Whether the round under way, of packets of `mtu` bytes, has lost so much more than usual that chance
+    /// does not explain it.
+    pub(super) fn is_unusual(&self, mtu: f64) -> bool {
+        let packets = (self.acked + self.lost) as f64 / mtu;
+        let expected = self.usual * packets;
+        // Four standard deviations of a number of bursts, and a few packets.
+        let chance = 4.0 * self.burst * expected.sqrt() + 8.0;
+        self.lost as f64 / mtu > expected + chance.max(UNUSUAL * packets)
     }
 
     /// Ends a round; the share of its bytes that were lost. `trying` says that the window was growing.

@@ -10,9 +10,11 @@
 //! ```
 //!
 //! (the rule of FAST TCP, Wei, Jin, Low, Hegde 2006, without its smoothing). It needs no estimate of a rate,
-//! so acknowledgements that come in lumps do not disturb it: q is the median of a *slice*, a fraction of a
-//! round trip, and R the smallest median, which no packet that overtakes others can spoil. While q stays below t the window grows, by a few per cent in the first round trip, faster in
-//! every further one: links get faster, and others leave. While q is near t nothing is tried.
+//! so that acknowledgements that come in lumps do not disturb it. q is taken from a few *slices*, fractions of
+//! a round trip, and R is the smallest such value ever, which no packet that overtakes others can spoil.
+//! While q stays below t the window grows, by a few per cent in the first round trip, faster in every further
+//! one: links get faster, and others leave. While q is near t nothing is tried. t follows what is noise: a
+//! host that wakes up late, or jitter, looks like a queue.
 //!
 //! A queue that outlives the window's yielding belongs to someone else, or the path has become longer. Then
 //! the window holds a share of what the link is known to carry, and yields for one round trip now and then:
@@ -74,8 +76,6 @@ const LEAST_FALL: f64 = 0.45;
 const PACKETS_QUEUED: f64 = 2.5;
 /// Share lost in a round that, with a falling rate, means congestion.
 const LOSS_LIMIT: f64 = 0.12;
-/// Share lost beyond the usual that ends growth, as where a policer drops what a queue would hold.
-const LOSS_OF_GROWTH: f64 = 0.03;
 /// Share lost that the window makes up for, at most.
 const LOSS_MADE_UP: f64 = 0.12;
 /// Rounds without growth after it did not help; doubles up to the largest.
@@ -527,6 +527,7 @@ impl Adaptive {
             }
             return;
         }
+        let unusual = trying && self.losses.is_unusual(self.mtu);
         let lost = self.losses.end_round(trying || self.is_shared());
         let elapsed = now.saturating_sub(round.began).as_secs_f64();
         let mean = (self.history.delivered() - round.delivered) as f64 / elapsed.max(1e-6);
@@ -552,7 +553,7 @@ impl Adaptive {
                     self.rates.settle();
                     self.peak_at = now;
                 }
-                self.end_steady_round(&round, mean, before, lost, trying);
+                self.end_steady_round(&round, mean, before, lost, unusual);
             }
             Mode::Shared(rounds) => {
                 // Beyond that share the others decide, by the loss that both make: as they do.
@@ -604,7 +605,14 @@ impl Adaptive {
         self.empty_rounds = 0;
     }
 
-    fn end_steady_round(&mut self, round: &Round, rate: f64, before: f64, lost: f64, trying: bool) {
+    fn end_steady_round(
+        &mut self,
+        round: &Round,
+        rate: f64,
+        before: f64,
+        lost: f64,
+        unusual: bool,
+    ) {
         self.rest = self.rest.saturating_sub(1);
         self.empty_rounds = match (round.occupied, round.queued) {
             (false, _) => self.empty_rounds + 1,
@@ -627,7 +635,7 @@ impl Adaptive {
         if lost > LOSS_LIMIT && rate < before * 0.9 && !round.limited {
             self.rates.forget_above(rate);
             self.window = self.bounded(self.window.min(self.product(rate)));
-        } else if trying && !round.long && lost > self.losses.usual() + LOSS_OF_GROWTH {
+        } else if unusual && !round.long {
             // What was tried is dropped before it queues.
             self.last_rest = (2 * self.last_rest).clamp(REST, LONGEST_REST);
             self.rest = self.last_rest;

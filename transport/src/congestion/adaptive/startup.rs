@@ -23,7 +23,7 @@ const FLAT_ROUNDS: u32 = 2;
 /// Packets lost in a round, at least, where a queue has overflowed.
 pub(super) const LOST_PACKETS: f64 = 48.0;
 /// Window over the product of rate and round trip while a standing queue drains.
-const DRAIN: f64 = 0.85;
+const DRAIN: f64 = 0.95;
 
 impl Adaptive {
     pub(super) fn startup_gain(&self) -> f64 {
