@@ -22,8 +22,8 @@ pub struct Figures {
     pub whole: f64,
     /// The same over its second half.
     pub steady: f64,
-    /// Until the goodput of 0.1 s was 80 % of the rate, in round trips; the first half of one is the way
-    /// there.
+    /// Until the first 0.1 s began whose goodput was 80 % of the rate, in round trips; the first half of one
+    /// is the way there.
     pub startup_rtts: Option<f64>,
     /// Bytes of IP packets sent for every byte received, over the second half.
     pub sent_per_received: f64,
@@ -73,7 +73,7 @@ pub fn of(points: &[Point], rate: f64, rtt: f64, latencies: Vec<f64>) -> Option<
     })
 }
 
-/// When the stretch ended in which 80 % of the rate came for the first time.
+/// When the stretch began in which 80 % of the rate came for the first time.
 fn startup(points: &[Point], rate: f64) -> Option<f64> {
     let mut from = 0;
     for (index, point) in points.iter().enumerate() {
@@ -85,7 +85,7 @@ fn startup(points: &[Point], rate: f64) -> Option<f64> {
         let seconds = point.at - points[from].at;
         let bytes = (point.received - points[from].received) as f64;
         if seconds >= STRETCH && bytes / seconds >= STARTED * rate {
-            return Some(point.at);
+            return Some(points[from].at);
         }
     }
     None
@@ -132,7 +132,7 @@ mod tests {
         assert!((figures.steady - 0.9).abs() < 1e-3);
         assert!((figures.whole - 0.82).abs() < 1e-3);
         let startup = figures.startup_rtts.unwrap();
-        assert!((10.0..11.2).contains(&startup), "{startup}");
+        assert!((9.0..10.2).contains(&startup), "{startup}");
         assert!((figures.sent_per_received - 1.1).abs() < 1e-3);
         assert!((figures.mean_packet - 1100.0).abs() < 1.0);
         assert_eq!(figures.latencies, None);
