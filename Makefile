@@ -60,7 +60,7 @@ bench-full: setup bench-build ## the same over a grid of 252 cells, three times:
 		--made-by 'make bench-full' --out docs/bench/migrations-full
 
 .PHONY: bench-transport
-bench-transport: setup bench-build ## measure what transports make of long links, as root: 50 minutes
+bench-transport: setup bench-build ## measure what transports make of long links, as root: an hour
 	rm -f $(TARGET_DIR)/bench/transport.jsonl
 	$(TARGET_DIR)/release/bench goodput --out $(TARGET_DIR)/bench/transport.jsonl
 	$(TARGET_DIR)/release/bench goodput --faults --out $(TARGET_DIR)/bench/transport.jsonl \

@@ -111,6 +111,18 @@ impl Link {
         Ok(())
     }
 
+    /// Lets TCP's buffers grow to so many bytes on both sides.
+    pub fn set_tcp_buffers(&self, most: u32) -> Result<()> {
+        for side in [Side::Source, Side::Destination] {
+            for name in ["net.ipv4.tcp_rmem", "net.ipv4.tcp_wmem"] {
+                self.namespace(side)
+                    .set_sysctl(name, &format!("4096 262144 {most}"))
+                    .with_context(|| format!("{name} cannot be set"))?;
+            }
+        }
+        Ok(())
+    }
+
     /// TCP's settings, as the source has them; the destination has the same.
     pub fn tcp(&self) -> Result<Tcp> {
         let read = |name| {

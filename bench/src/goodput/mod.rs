@@ -33,6 +33,9 @@ const SAMPLE: Duration = Duration::from_millis(20);
 /// Page faults that wait at the same time, as with that many vCPUs.
 const FAULTS_AT_ONCE: u64 = 4;
 
+/// Most bytes of a tuned TCP's buffers.
+const TUNED_BUFFER: u32 = 64 << 20;
+
 /// Length of a page in bytes.
 const PAGE: usize = 4096;
 
@@ -50,17 +53,20 @@ pub enum Transport {
     Quic(Congestion),
     /// The kernel's TCP with BBR; faults on connections of their own.
     TcpBbr,
+    /// The same with buffers of 64 MB, as an operator of long links sets them.
+    TcpBbrTuned,
     /// The same with CUBIC.
     TcpCubic,
 }
 
 impl Transport {
     /// All, by name.
-    pub const ALL: [(&'static str, Self); 5] = [
+    pub const ALL: [(&'static str, Self); 6] = [
         ("hybridmig", Self::Quic(Congestion::Adaptive)),
         ("quinn-bbr", Self::Quic(Congestion::Bbr)),
         ("quinn-cubic", Self::Quic(Congestion::Cubic)),
         ("tcp-bbr", Self::TcpBbr),
+        ("tcp-bbr-tuned", Self::TcpBbrTuned),
         ("tcp-cubic", Self::TcpCubic),
     ];
 
@@ -83,6 +89,10 @@ impl Transport {
         Ok(match self {
             Self::Quic(congestion) => Box::new(quic::start(link, congestion, faults)?),
             Self::TcpBbr => Box::new(tcp::start(link, "bbr", faults)?),
+            Self::TcpBbrTuned => {
+                link.set_tcp_buffers(TUNED_BUFFER)?;
+                Box::new(tcp::start(link, "bbr", faults)?)
+            }
             Self::TcpCubic => Box::new(tcp::start(link, "cubic", faults)?),
         })
     }

@@ -10,8 +10,10 @@ pub fn markdown(runs: &[Run], made_by: &str) -> String {
     let mut text = format!(
         "# Transports over the emulated link\n\nMade by `{made_by}`. Goodput is what the \
          receiving application got, divided by the link's rate in IP packets: at most 0.958 over \
-         QUIC and 0.965 over TCP. Figures are medians, with (least–most) where there are several \
-         runs; † marks runs in which the emulator was too late to be sure.\n"
+         QUIC and 0.965 over TCP. `tcp-bbr` has the kernel's own buffers, at most 4 MB to send; \
+         `tcp-bbr-tuned` has 64 MB, as an operator of long links sets them. Figures are medians, \
+         with (least–most) where there are several runs; † marks runs in which the emulator was \
+         too late to be sure.\n"
     );
     let bulk: Vec<&Run> = runs.iter().filter(|run| !run.faults).collect();
     let faulting: Vec<&Run> = runs.iter().filter(|run| run.faults).collect();
