@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
-use hybridmig_bench::goodput::{self, Plan, Transport};
+use hybridmig_bench::goodput::{self, Plan, Rival, Transport};
 use hybridmig_bench::interrupt::Interrupt;
 use hybridmig_bench::record::Record;
 use hybridmig_bench::scenario::{EMBEDDED, Scenario};
@@ -67,6 +67,12 @@ enum Command {
         /// Ask for pages meanwhile.
         #[arg(long)]
         faults: bool,
+        /// Let this transport use the link as well, from 5 s after the measured one on.
+        #[arg(long)]
+        rival: Option<String>,
+        /// Let it begin 5 s before.
+        #[arg(long, requires = "rival")]
+        rival_first: bool,
         /// Length of a run.
         #[arg(long, default_value_t = 12.0)]
         seconds: f64,
@@ -138,6 +144,8 @@ fn main() -> Result<()> {
             link,
             transport,
             faults,
+            rival,
+            rival_first,
             seconds,
             repetitions,
             seed,
@@ -155,10 +163,17 @@ fn main() -> Result<()> {
                 let named = transport.iter().map(|name| Transport::by_name(name));
                 named.collect::<Result<_>>()?
             };
+            let rival = rival.map(|name| -> Result<Rival> {
+                Ok(Rival {
+                    transport: Transport::by_name(&name)?,
+                    first: rival_first,
+                })
+            });
             let plan = Plan {
                 links,
                 transports,
                 faults,
+                rival: rival.transpose()?,
                 seconds,
                 repetitions,
                 seed,

@@ -33,6 +33,9 @@ const SAMPLE: Duration = Duration::from_millis(20);
 /// Page faults that wait at the same time, as with that many vCPUs.
 const FAULTS_AT_ONCE: u64 = 4;
 
+/// By how much one of two transfers is earlier.
+const HEAD_START: Duration = Duration::from_secs(5);
+
 /// Most bytes of a tuned TCP's buffers.
 const TUNED_BUFFER: u32 = 64 << 20;
 
@@ -110,6 +113,15 @@ trait Flow {
     fn broken(&self) -> Option<String>;
 }
 
+/// Another transfer over the same link.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rival {
+    /// What carries it.
+    pub transport: Transport,
+    /// Whether it has begun [`HEAD_START`] before the one that is measured; else after it.
+    pub first: bool,
+}
+
 /// What is to be measured.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -119,6 +131,8 @@ pub struct Plan {
     pub transports: Vec<Transport>,
     /// Whether pages are asked for meanwhile.
     pub faults: bool,
+    /// Who else uses the link, if somebody does.
+    pub rival: Option<Rival>,
     /// Length of a run in seconds, once connected.
     pub seconds: f64,
     /// Rounds over everything.
@@ -142,6 +156,9 @@ pub struct Run {
     pub transport: String,
     /// Whether pages were asked for meanwhile.
     pub faults: bool,
+    /// Who else used the link, and what the receiver of that got of its rate in the second half.
+    #[serde(default)]
+    pub rival: Option<(Rival, f64)>,
     /// From 0.
     pub repetition: u32,
     /// Of the emulator.
@@ -226,6 +243,10 @@ fn describe(run: &Run) -> String {
             );
         }
     }
+    if let Some((rival, share)) = run.rival {
+        let first = if rival.first { ", first" } else { "" };
+        text += &format!("; {}{first}: {share:.3}", rival.transport.name());
+    }
     for why in [&run.failed, &run.invalid].into_iter().flatten() {
         text += &format!(" ({why})");
     }
@@ -245,16 +266,20 @@ fn run_one(
     if interrupt.is_set() {
         bail!("interrupted");
     }
-    let (figures, failed) = match seen {
-        Ok(figures) => (Some(figures), None),
+    let (seen, failed) = match seen {
+        Ok(seen) => (Some(seen), None),
         Err(error) => (None, Some(format!("{error:#}"))),
     };
+    let (figures, share) = seen.unzip();
     Ok(Run {
         schema: SCHEMA,
         link: spec.to_string(),
         facts: LinkFacts::of(spec),
         transport: transport.name().to_owned(),
         faults: plan.faults,
+        rival: plan
+            .rival
+            .map(|rival| (rival, share.flatten().unwrap_or(0.0))),
         repetition,
         seed,
         seconds: plan.seconds,
@@ -270,13 +295,27 @@ fn watch(
     transport: Transport,
     link: &Link,
     interrupt: &Interrupt,
-) -> Result<Figures> {
+) -> Result<(Figures, Option<f64>)> {
+    let begin_rival = |first| match plan.rival {
+        Some(rival) if rival.first == first => rival.transport.start(link, false).map(Some),
+        _ => Ok(None),
+    };
+    // What is measured is what becomes of a head start.
+    let pause = || std::thread::sleep(HEAD_START);
+    let early = begin_rival(true)?.inspect(|_| pause());
     let flow = transport.start(link, plan.faults)?;
+    let late = if plan.rival.is_some_and(|rival| !rival.first) {
+        pause();
+        begin_rival(false)?
+    } else {
+        None
+    };
+    let rival = early.or(late);
     link.restart_timeline();
     let start = Instant::now();
     let mut points = Vec::new();
     // Faults of the first half are not counted, as its goodput is not.
-    let mut early = None;
+    let mut middle = None;
     loop {
         let sent = link.traffic().forward;
         let at = start.elapsed().as_secs_f64();
@@ -286,8 +325,9 @@ fn watch(
             sent_bytes: sent.bytes,
             sent_packets: sent.packets,
         });
-        if at >= plan.seconds / 2.0 && early.is_none() {
-            early = Some(flow.latencies().len());
+        if at >= plan.seconds / 2.0 && middle.is_none() {
+            let theirs = rival.as_ref().map_or(0, |rival| rival.received());
+            middle = Some((flow.latencies().len(), at, theirs));
         }
         if at >= plan.seconds {
             break;
@@ -300,13 +340,14 @@ fn watch(
         std::thread::sleep(SAMPLE);
     }
     let rate = spec.forward.rate.context("a link with a rate is needed")?;
-    let latencies = flow.latencies().split_off(early.unwrap_or(0));
-    drop(flow);
-    figures::of(
-        &points,
-        rate as f64 / 8.0,
-        spec.rtt().as_secs_f64(),
-        latencies,
-    )
-    .context("too short to say anything")
+    let rate = rate as f64 / 8.0;
+    let (counted, from, theirs) = middle.unwrap_or_default();
+    let share = rival.as_ref().map(|rival| {
+        let seconds = (start.elapsed().as_secs_f64() - from).max(1e-6);
+        rival.received().saturating_sub(theirs) as f64 / seconds / rate
+    });
+    let latencies = flow.latencies().split_off(counted);
+    drop((flow, rival));
+    let figures = figures::of(&points, rate, spec.rtt().as_secs_f64(), latencies);
+    Ok((figures.context("too short to say anything")?, share))
 }

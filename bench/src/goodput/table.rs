@@ -15,8 +15,8 @@ pub fn markdown(runs: &[Run], made_by: &str) -> String {
          with (least–most) where there are several runs; † marks runs in which the emulator was \
          too late to be sure.\n"
     );
-    let bulk: Vec<&Run> = runs.iter().filter(|run| !run.faults).collect();
-    let faulting: Vec<&Run> = runs.iter().filter(|run| run.faults).collect();
+    let (shared, runs): (Vec<&Run>, Vec<&Run>) = runs.iter().partition(|run| run.rival.is_some());
+    let (faulting, bulk): (Vec<&Run>, Vec<&Run>) = runs.into_iter().partition(|run| run.faults);
     let tables: [(&str, &[&Run], Pick, usize); 6] = [
         (
             "Goodput, second half of the transfer",
@@ -54,6 +54,27 @@ pub fn markdown(runs: &[Run], made_by: &str) -> String {
         if !runs.is_empty() {
             let _ = write!(text, "\n## {title}\n\n{}", table(runs, pick, digits));
         }
+    }
+    if !shared.is_empty() {
+        text += "\n## Beside another transfer\n\nGoodput of both in the second half, divided by the link's rate.\n\n\
+                 | link | transport | goodput | rival | began | its goodput |\n|---|---|---|---|---|---|\n";
+    }
+    for run in shared {
+        let ours = run.figures.as_ref().map_or("failed".to_owned(), |figures| {
+            format!("{:.3}", figures.steady)
+        });
+        let (rival, theirs) = match run.rival {
+            Some((rival, theirs)) => (rival, format!("{theirs:.3}")),
+            None => continue,
+        };
+        let began = if rival.first { "first" } else { "later" };
+        let _ = writeln!(
+            text,
+            "| {} | {} | {ours} | {} | {began} | {theirs} |",
+            run.link,
+            run.transport,
+            rival.transport.name(),
+        );
     }
     text
 }
@@ -135,6 +156,7 @@ mod tests {
             },
             transport: transport.to_owned(),
             faults: false,
+            rival: None,
             repetition: 0,
             seed: 1,
             seconds: 10.0,

@@ -87,7 +87,7 @@ const SHARED_ROUNDS: u32 = 5;
 /// What the window then holds of what the link can carry.
 const SHARE: f64 = 0.45;
 /// What it claims beyond: growth per round, and cut when more than this is lost beyond the usual.
-const CLAIM_GROWTH: f64 = 1.01;
+const CLAIM_GROWTH: f64 = 1.03;
 const CLAIM_CUT: f64 = 0.75;
 const LOSS_OF_CLAIM: f64 = 0.005;
 /// Every how many such rounds it yields to see whether the queue is one.
