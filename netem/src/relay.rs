@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use socket2::SockAddr;
 
 use crate::model::Link;
-use crate::runner::{Counters, LinkStats, Steering, keep_awake, lock, seed_of};
+use crate::runner::{Counters, LinkStats, Steering, join, keep_awake, lock, seed_of};
 use crate::spec::LinkSpec;
 use crate::sys::{self, Wake};
 
@@ -179,11 +179,7 @@ impl RelayHandle {
     fn end(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
         self.shared.announce();
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a relay thread panicked");
-            }
-        }
+        join(&mut self.threads);
     }
 }
 

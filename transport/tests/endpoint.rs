@@ -442,11 +442,7 @@ async fn closing_a_busy_link_is_heard_too() {
             ..config()
         })
         .await;
-        let sender = pair.client.clone();
-        let sending = tokio::spawn(async move {
-            let batch = Bytes::from(vec![7; MAX_BATCH]);
-            while sender.send_batch(Lane::Freeze, batch.clone()).await.is_ok() {}
-        });
+        let sending = saturate(&pair.client);
         soon(pair.server.next_incoming()).await.unwrap();
         pair.endpoints.0.close(CloseCode::SHUTDOWN, "told to end");
         match soon(pair.server.closed()).await {
@@ -469,6 +465,15 @@ fn relay_to(target: SocketAddr, round_trip: Duration) -> RelayHandle {
         seed: 1,
     })
     .unwrap()
+}
+
+/// Sends all that a link takes, until it ends.
+fn saturate(link: &Link) -> tokio::task::JoinHandle<()> {
+    let link = link.clone();
+    tokio::spawn(async move {
+        let batch = Bytes::from(vec![7; MAX_BATCH]);
+        while link.send_batch(Lane::Freeze, batch.clone()).await.is_ok() {}
+    })
 }
 
 /// Both ends of a link over a relay with this round trip.
@@ -587,11 +592,7 @@ async fn an_end_that_both_sides_know_of_costs_no_round_trip_and_is_told_all_the_
 #[tokio::test]
 async fn an_end_in_heavy_traffic_is_sent_before_the_process_may_go() {
     let pair = pair().await;
-    let sender = pair.client.clone();
-    let sending = tokio::spawn(async move {
-        let batch = Bytes::from(vec![7; MAX_BATCH]);
-        while sender.send_batch(Lane::Freeze, batch.clone()).await.is_ok() {}
-    });
+    let sending = saturate(&pair.client);
     soon(pair.server.next_incoming()).await.unwrap();
     pair.endpoints.0.close(CloseCode::SHUTDOWN, "told to end");
     soon(pair.endpoints.0.wait_sent()).await;

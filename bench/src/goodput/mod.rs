@@ -296,21 +296,23 @@ fn watch(
     link: &Link,
     interrupt: &Interrupt,
 ) -> Result<(Figures, Option<f64>)> {
-    let begin_rival = |first| match plan.rival {
-        Some(rival) if rival.first == first => rival.transport.start(link, false).map(Some),
-        _ => Ok(None),
-    };
+    let ours = || transport.start(link, plan.faults);
+    let theirs = |rival: Rival| rival.transport.start(link, false);
     // What is measured is what becomes of a head start.
     let pause = || std::thread::sleep(HEAD_START);
-    let early = begin_rival(true)?.inspect(|_| pause());
-    let flow = transport.start(link, plan.faults)?;
-    let late = if plan.rival.is_some_and(|rival| !rival.first) {
-        pause();
-        begin_rival(false)?
-    } else {
-        None
+    let (flow, rival) = match plan.rival {
+        None => (ours()?, None),
+        Some(rival) if rival.first => {
+            let rival = theirs(rival)?;
+            pause();
+            (ours()?, Some(rival))
+        }
+        Some(rival) => {
+            let flow = ours()?;
+            pause();
+            (flow, Some(theirs(rival)?))
+        }
     };
-    let rival = early.or(late);
     link.restart_timeline();
     let start = Instant::now();
     let mut points = Vec::new();

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use hybridmig_transport::error::{CloseCode, TransportError};
-use hybridmig_transport::link::{ControlReceiver, ControlSender, Link};
+use hybridmig_transport::link::{ControlReceiver, ControlSender, Link, LinkStats};
 use hybridmig_transport::message::Message;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -231,13 +231,12 @@ fn link_report(link: &Link, reconnects: u32, silence: &Silence) -> crate::report
         reconnects,
         urgent: stats.urgent,
         longest_silence: silence.longest().as_secs_f64(),
-        ..figures(link).into()
+        ..figures(&stats).into()
     }
 }
 
 /// The transport's figures in the machine's form.
-pub(crate) fn figures(link: &Link) -> LinkFigures {
-    let stats = link.stats();
+pub(crate) fn figures(stats: &LinkStats) -> LinkFigures {
     LinkFigures {
         rtt: stats.rtt,
         min_rtt: stats.min_rtt,

@@ -191,7 +191,7 @@ impl Driver {
                         ..self.plane.progress()
                     }));
                     match &self.last_link {
-                        Some(link) if self.tasks.is_some() => SourceInput::Link(figures(link)),
+                        Some(link) if self.tasks.is_some() => SourceInput::Link(figures(&link.stats())),
                         _ => continue,
                     }
                 }

@@ -87,8 +87,6 @@ struct Encoded {
 
 /// A chunk to be encoded.
 struct Task<'a> {
-    lane: Lane,
-    batch: u64,
     chunk: Chunk,
     phase: Phase,
     /// Where it may refer to what was sent before.
@@ -293,7 +291,7 @@ impl DataPlane {
     fn encode_loop(&self, lanes: &[Lane], mut encoder: Encoder) {
         let bulk = lanes.contains(&Lane::Bulk);
         while let Some(task) = self.next_chunk(lanes) {
-            let Task { lane, batch, .. } = task;
+            let Chunk { lane, batch, .. } = task.chunk;
             let level = if bulk {
                 self.level.load(Ordering::Relaxed)
             } else {
@@ -347,8 +345,6 @@ impl DataPlane {
                     let place = remembered.then(|| self.memory.place());
                     self.nudge.notify_one();
                     return Some(Task {
-                        lane: chunk.lane,
-                        batch: chunk.batch,
                         chunk,
                         phase,
                         place,

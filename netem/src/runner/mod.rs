@@ -7,6 +7,7 @@ mod steering;
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 
 pub(crate) use stats::Counters;
 pub use stats::{
@@ -22,6 +23,16 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Seeds of the two directions of a link with one seed: they draw from different sequences.
 pub(crate) fn seed_of(seed: u64, back: bool) -> u64 {
     seed.wrapping_mul(2).wrapping_add(u64::from(back))
+}
+
+/// Waits for threads that have been told to end.
+pub(crate) fn join(threads: &mut Vec<JoinHandle<()>>) {
+    for thread in threads.drain(..) {
+        let name = thread.thread().name().unwrap_or("of a link").to_owned();
+        if thread.join().is_err() {
+            tracing::error!("the thread {name} panicked");
+        }
+    }
 }
 
 /// Asks the kernel that no core sleeps while the file is open (PM quality of service, as cyclictest does it):

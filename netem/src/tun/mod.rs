@@ -28,7 +28,7 @@ use direction::Direction;
 
 use crate::model::Path;
 use crate::namespace::{Namespace, NamespaceError};
-use crate::runner::{Counters, DirectionStats, LinkStats, Steering, keep_awake, seed_of};
+use crate::runner::{Counters, DirectionStats, LinkStats, Steering, join, keep_awake, seed_of};
 use crate::spec::LinkSpec;
 use crate::sys::Wake;
 
@@ -224,11 +224,7 @@ impl TunHandle {
     fn end(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
         self.shared.announce();
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a thread of the emulated link panicked");
-            }
-        }
+        join(&mut self.threads);
     }
 }
 

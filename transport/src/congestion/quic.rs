@@ -31,7 +31,6 @@ impl ControllerFactory for AdaptiveFactory {
         let core = Adaptive::new(hints, current_mtu);
         Box::new(AdaptiveController {
             steering: self.steering.clone(),
-            rate_limit: self.steering.rate_limit(),
             origin: now,
             initial_window: core.window(),
             core,
@@ -46,17 +45,12 @@ struct AdaptiveController {
     initial_window: u64,
     core: Adaptive,
     steering: Arc<Steering>,
-    /// The cap that the core knows.
-    rate_limit: Option<u64>,
 }
 
 impl AdaptiveController {
     fn follow_steering(&mut self, now: Instant) {
         let limit = self.steering.rate_limit();
-        if limit != self.rate_limit {
-            self.rate_limit = limit;
-            self.core.set_rate_limit(limit.map(|limit| limit as f64));
-        }
+        self.core.set_rate_limit(limit.map(|limit| limit as f64));
         let round_trips = Duration::from_secs_f64(HOLD.0 * self.core.min_rtt().unwrap_or(0.0));
         let since = self.steering.since_urgent(now);
         self.core

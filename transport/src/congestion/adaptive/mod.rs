@@ -34,7 +34,6 @@ use history::{History, Lately, Sample};
 use loss::Losses;
 use rates::Rates;
 use round_trips::{MIN_SAMPLES, RoundTrips, Slice};
-use startup::LOST_PACKETS;
 
 /// Queue to aim at, as a share of the round trip and in seconds, and the same while a guest waits for pages.
 const TARGET: f64 = 0.02;
@@ -123,7 +122,7 @@ pub struct Hints {
 }
 
 /// Where the controller stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Mode {
     /// Growing until the link is full.
     Startup,
@@ -134,9 +133,19 @@ enum Mode {
     /// Steered by a share of the link, since the queue is not ours; rounds so far.
     Shared(u32),
     /// One round of that with half the window.
-    Probe,
+    Probe(Probed),
     /// The round in which that shows.
-    ProbeSeen,
+    ProbeSeen(Probed),
+}
+
+/// What was before a probe.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Probed {
+    /// In seconds.
+    rtt: f64,
+    window: f64,
+    /// Delivery in bytes/s.
+    rate: f64,
 }
 
 /// A round trip: it ends when a packet sent after it began is acknowledged.
@@ -186,9 +195,6 @@ pub struct Adaptive {
     /// Rounds until growth is tried again, and how many that were at the last time.
     rest: u32,
     last_rest: u32,
-    /// Round trip, window and delivery before a probe.
-    probed: (f64, f64),
-    probed_rate: f64,
     /// What the window does not yield below on a shared link.
     claim: f64,
     startup_rate: f64,
@@ -222,8 +228,6 @@ impl Adaptive {
             empty_rounds: 0,
             rest: 0,
             last_rest: 0,
-            probed: (0.0, 0.0),
-            probed_rate: 0.0,
             claim: 0.0,
             startup_rate: 0.0,
             flat_rounds: 0,
@@ -281,14 +285,12 @@ impl Adaptive {
         self.losses.burst()
     }
 
-    /// Whether the rate is still being looked for.
-    pub fn in_startup(&self) -> bool {
-        self.mode == Mode::Startup
-    }
-
     /// Whether others use the link as well.
     pub fn is_shared(&self) -> bool {
-        matches!(self.mode, Mode::Shared(_) | Mode::Probe | Mode::ProbeSeen)
+        matches!(
+            self.mode,
+            Mode::Shared(_) | Mode::Probe(_) | Mode::ProbeSeen(_)
+        )
     }
 
     /// Packets can be larger or smaller from now on.
@@ -299,8 +301,10 @@ impl Adaptive {
 
     /// Another hard cap in bytes/s, or none.
     pub fn set_rate_limit(&mut self, limit: Option<f64>) {
-        self.hints.rate_limit = limit;
-        self.window = self.bounded(self.window);
+        if self.hints.rate_limit != limit {
+            self.hints.rate_limit = limit;
+            self.window = self.bounded(self.window);
+        }
     }
 
     /// Says whether a guest waits for pages: then nothing is tried that could lengthen the queue.
@@ -380,8 +384,12 @@ impl Adaptive {
         if !self.rtts.min.is_finite() {
             return 0.0;
         }
-        let made_up = 1.0 - self.losses.share().min(LOSS_MADE_UP);
-        rate * self.rtts.min / made_up
+        self.flight(rate, self.rtts.min)
+    }
+
+    /// Bytes in flight that carry `rate` on a round trip of `rtt` seconds, with what is lost made up for.
+    fn flight(&self, rate: f64, rtt: f64) -> f64 {
+        rate * rtt / made_up(self.losses.share())
     }
 
     fn slack(&self, rate: f64) -> f64 {
@@ -438,7 +446,7 @@ impl Adaptive {
         self.round.occupied |= queue > 0.5 * target;
         let ideal = typical.flight * (self.rtts.min + target) / (self.rtts.min + queue);
         match self.mode {
-            Mode::Startup | Mode::Drain | Mode::Probe | Mode::ProbeSeen => {}
+            Mode::Startup | Mode::Drain | Mode::Probe(_) | Mode::ProbeSeen(_) => {}
             Mode::Shared(_) if self.clear_slices >= CLEAR_SLICES => {
                 // It was ours after all, or they have gone.
                 self.mode = Mode::Steady;
@@ -509,14 +517,12 @@ impl Adaptive {
 
     /// What the window holds of a link that others use as well.
     fn fair_share(&self) -> f64 {
-        let made_up = 1.0 - self.losses.share().min(LOSS_MADE_UP);
-        SHARE * self.rates.peak() * self.rtts.newest / made_up
+        self.flight(SHARE * self.rates.peak(), self.rtts.newest)
     }
 
     fn end_round(&mut self, now: Duration) {
         let trying = self.mode == Mode::Steady && self.round.tried;
         let lost_packets = self.losses.lost_in_round() / self.mtu;
-        let many = lost_packets > LOST_PACKETS;
         let round = std::mem::replace(&mut self.round, Round::new(now, self.history.delivered()));
         if self.deaf_rounds > 0 {
             self.deaf_rounds -= 1;
@@ -534,7 +540,7 @@ impl Adaptive {
         let before = self.rates.known();
         if self.mode == Mode::Startup {
             self.rates.push(round.rate, round.limited);
-            self.end_startup_round(&round, many && lost > LOSS_LIMIT);
+            self.end_startup_round(&round, lost, lost_packets);
             return;
         }
         let rate = if round.slower {
@@ -561,28 +567,29 @@ impl Adaptive {
                 self.claim = self.window * if usual { CLAIM_GROWTH } else { CLAIM_CUT };
                 self.mode = Mode::Shared(rounds + 1);
                 if (rounds + 1).is_multiple_of(PROBE_ROUNDS) {
-                    self.mode = Mode::Probe;
-                    self.probed = (self.rtts.newest, self.window);
-                    self.probed_rate = mean;
+                    self.mode = Mode::Probe(Probed {
+                        rtt: self.rtts.newest,
+                        window: self.window,
+                        rate: mean,
+                    });
                     self.window = self.bounded(PROBE * self.window);
                 }
             }
-            Mode::Probe => self.mode = Mode::ProbeSeen,
-            Mode::ProbeSeen => self.end_probe(&round, lost),
+            Mode::Probe(before) => self.mode = Mode::ProbeSeen(before),
+            Mode::ProbeSeen(before) => self.end_probe(before, &round, lost),
         }
     }
 
     /// What others have in flight hardly changes within a round trip, so that the queue becomes shorter by
     /// the time that the link takes for what was not sent.
-    fn end_probe(&mut self, round: &Round, lost: f64) {
-        let (rtt, window) = self.probed;
-        let shorter = rtt - round.rtt;
+    fn end_probe(&mut self, before: Probed, round: &Round, lost: f64) {
+        let shorter = before.rtt - round.rtt;
         if shorter > (PROBE_SEEN * self.rtts.min).max(self.rtts.noise) {
-            let carries = (1.0 - PROBE) * window / shorter;
-            let rate = self.probed_rate;
-            self.rates.set_peak(carries.clamp(rate, DISCOVERY * rate));
+            let carries = (1.0 - PROBE) * before.window / shorter;
+            let most = DISCOVERY * before.rate;
+            self.rates.set_peak(carries.clamp(before.rate, most));
             self.mode = Mode::Shared(0);
-        } else if lost > LOSS_LIMIT && self.rates.latest() < 0.8 * self.probed_rate {
+        } else if lost > LOSS_LIMIT && self.rates.latest() < 0.8 * before.rate {
             // Others fill the queue whatever is taken out of it.
             self.mode = Mode::Shared(0);
         } else if lost > LOSS_LIMIT {
@@ -639,8 +646,8 @@ impl Adaptive {
             // What was tried is dropped before it queues.
             self.last_rest = (2 * self.last_rest).clamp(REST, LONGEST_REST);
             self.rest = self.last_rest;
-            let usual = 1.0 - self.losses.usual().min(LOSS_MADE_UP);
-            self.window = self.bounded(self.window.min(rate * self.rtts.min / usual));
+            let usual = rate * self.rtts.min / made_up(self.losses.usual());
+            self.window = self.bounded(self.window.min(usual));
             self.rates.forget_above(rate);
         } else if round.occupied {
             self.last_rest = 0;
@@ -667,6 +674,11 @@ impl Adaptive {
             .map_or(f64::INFINITY, |limit| limit * rtt);
         window.min(cap).max(MIN_PACKETS * self.mtu)
     }
+}
+
+/// Share of what is sent that arrives, as far as the window makes up for the rest.
+fn made_up(lost: f64) -> f64 {
+    1.0 - lost.min(LOSS_MADE_UP)
 }
 
 impl Round {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Adaptive, DEAF_ROUNDS, Mode, Round};
+use super::{Adaptive, DEAF_ROUNDS, LOSS_LIMIT, Mode, Round};
 
 /// Growth of the window per round trip while the rate is unknown. More than the usual two is safe because
 /// the first sign of a queue ends it at once, in the middle of a round.
@@ -21,7 +21,7 @@ const GROWTH: f64 = 1.25;
 /// … for this many rounds that were not limited by the application.
 const FLAT_ROUNDS: u32 = 2;
 /// Packets lost in a round, at least, where a queue has overflowed.
-pub(super) const LOST_PACKETS: f64 = 48.0;
+const LOST_PACKETS: f64 = 48.0;
 /// Window over the product of rate and round trip while a standing queue drains.
 const DRAIN: f64 = 0.95;
 
@@ -49,7 +49,9 @@ impl Adaptive {
         self.drain();
     }
 
-    pub(super) fn end_startup_round(&mut self, round: &Round, overflow: bool) {
+    /// Ends a round of which that share, and that many packets, were lost.
+    pub(super) fn end_startup_round(&mut self, round: &Round, lost: f64, lost_packets: f64) {
+        let overflow = lost_packets > LOST_PACKETS && lost > LOSS_LIMIT;
         // Lost in numbers, and much slower growth than was asked for: the queue is too short to show.
         let falls_short = round.rate < self.startup_rate * LARGE_GAIN * 0.9;
         if round.rate > self.startup_rate * GROWTH {
