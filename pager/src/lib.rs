@@ -11,9 +11,11 @@
 //! - destination: [`RegionMemory`] writes before the guest runs; [`Placer`] takes away what is
 //!   not current, traps access to it, places what arrives and says who waits;
 //! - [`MissingMap`] outlives a pager that is killed, [`Placer::take_over`] is how the next one goes on;
+//! - [`disk`]: a disk image that the guest runs on while blocks are missing, and an NBD server over it;
 //! - [`kernel::probe`] says what this host can do.
 
 pub mod attach;
+pub mod disk;
 mod error;
 mod grace;
 pub mod handover;
@@ -30,6 +32,7 @@ mod serve;
 mod stats;
 mod track;
 pub mod uffd;
+mod words;
 
 pub use error::{PagerError, Result};
 pub use memory::RegionMemory;

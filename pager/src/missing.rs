@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use roaring::RoaringBitmap;
 use rustix::fs::{FallocateFlags, MemfdFlags};
-use rustix::mm::{MapFlags, ProtFlags};
 
+use crate::words::Words;
 use crate::{PagerError, Result};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"hmigmiss");
@@ -83,7 +83,7 @@ impl MissingMap {
         if len < FIXED_WORDS * 8 || !len.is_multiple_of(8) {
             return Err(bad("it is too short"));
         }
-        let words = Words::map(&file, len / 8)?;
+        let words = Words::map(&file, 0, len / 8)?;
         let header = |index: usize| words.slice()[index].load(Ordering::Relaxed);
         if header(0) != MAGIC {
             return Err(bad("it is something else"));
@@ -234,7 +234,7 @@ impl MissingMap {
         // Allocated now: a full file system is an error here, and not a SIGBUS later.
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, total as u64 * 8)
             .map_err(|error| PagerError::os(what(), error))?;
-        let words = Words::map(&file, total)?;
+        let words = Words::map(&file, 0, total)?;
         for (region, len) in blocks.iter().enumerate() {
             words.slice()[FIXED_WORDS + region].store(u64::from(*len), Ordering::Relaxed);
         }
@@ -279,55 +279,6 @@ fn layout(blocks: &[u32]) -> (Vec<RegionBits>, usize) {
 
 fn words_for(blocks: u32) -> usize {
     (blocks as usize).div_ceil(64)
-}
-
-/// A shared mapping of whole words.
-#[derive(Debug)]
-struct Words {
-    start: *const AtomicU64,
-    count: usize,
-}
-
-// SAFETY: the mapping belongs to this value alone until it is dropped, and it is accessed as
-// atomics only.
-unsafe impl Send for Words {}
-// SAFETY: as above.
-unsafe impl Sync for Words {}
-
-impl Words {
-    fn map(file: &File, count: usize) -> Result<Self> {
-        // SAFETY: a new mapping at an address of the kernel's choice aliases nothing in this
-        // process. Other processes that map the same file use atomics too; a file that is
-        // truncated behind our back is outside of what can be defended against.
-        let start = unsafe {
-            rustix::mm::mmap(
-                std::ptr::null_mut(),
-                count * 8,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED,
-                file,
-                0,
-            )
-        }
-        .map_err(|error| PagerError::os("mapping the missing blocks", error))?;
-        Ok(Self {
-            start: start.cast(),
-            count,
-        })
-    }
-
-    fn slice(&self) -> &[AtomicU64] {
-        // SAFETY: `start` is page-aligned, `count` words long, mapped until drop.
-        unsafe { std::slice::from_raw_parts(self.start, self.count) }
-    }
-}
-
-impl Drop for Words {
-    fn drop(&mut self) {
-        // SAFETY: exactly the mapping of `map`; no borrow of it outlives this value.
-        let result = unsafe { rustix::mm::munmap(self.start.cast_mut().cast(), self.count * 8) };
-        debug_assert!(result.is_ok(), "unmapping our own mapping: {result:?}");
-    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ pub fn mix(value: u64) -> u64 {
 }
 
 /// Word `index` of a page.
+#[allow(dead_code)] // not every user looks at words
 pub fn word(seed: u64, page: u32, index: usize) -> u64 {
     mix(mix(seed ^ (u64::from(page) << 20)) ^ index as u64)
 }
