@@ -33,7 +33,12 @@ pub struct Fixture {
 
 impl Fixture {
     pub fn spawn(arguments: &[&str]) -> Self {
-        let mut child = Command::new(PROGRAM)
+        Self::of(PROGRAM, arguments)
+    }
+
+    /// Another program that speaks by lines.
+    pub fn of(program: &str, arguments: &[&str]) -> Self {
+        let mut child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

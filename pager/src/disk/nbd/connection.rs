@@ -48,15 +48,14 @@ pub(super) fn run(mut stream: UnixStream, export: &Export, image: Arc<DiskImage>
             stream.set_write_timeout(None)?;
             Ok(agreed)
         });
-    let agreed = match agreed {
-        Ok(Some(agreed)) => agreed,
-        Ok(None) => return,
-        Err(error) => {
-            tracing::info!(%error, "an NBD client did not complete its handshake");
-            // Hanging up is all there is left to do, and it may have done so itself.
-            let _ = stream.shutdown(Shutdown::Both);
-            return;
-        }
+    if let Err(error) = &agreed {
+        tracing::info!(%error, "an NBD client did not complete its handshake");
+    }
+    let Ok(Some(agreed)) = agreed else {
+        // The server keeps a descriptor of it: dropping ours would not hang up. The client may
+        // have done so itself.
+        let _ = stream.shutdown(Shutdown::Both);
+        return;
     };
     let connection = Arc::new(Connection {
         stream,
