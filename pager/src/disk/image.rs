@@ -249,7 +249,8 @@ impl DiskImage {
     }
 
     /// The blocks in `missing` are not current: they become holes and count as missing. All others
-    /// are here. Durable when it returns. No write may be under way.
+    /// are here. Durable when it returns. No write may be under way. After an error the image is good
+    /// for nothing: nobody can tell what is current in it.
     pub fn arm(&self, missing: &RoaringBitmap, faults: Arc<dyn FaultSink>) -> Result<()> {
         self.needs(FILLING, "arm")?;
         if let Some(last) = missing.max() {
@@ -289,7 +290,7 @@ impl DiskImage {
     /// Blocks that came from the source: fills those granules of them that are still missing, and
     /// wakes who waits. A block that is here already is left alone. Padded like [`Self::write`].
     pub fn place(&self, first: u32, data: &[u8]) -> Result<()> {
-        self.needs(ARMED, "place")?;
+        self.needs_armed("place")?;
         let count = self.whole_blocks(first, data)?;
         let start = u64::from(first) * u64::from(self.geometry.block_size);
         self.fill(first, count, |bytes| {
@@ -302,7 +303,7 @@ impl DiskImage {
 
     /// Like [`Self::place`] with zeroes.
     pub fn place_zero(&self, first: u32, count: u32) -> Result<()> {
-        self.needs(ARMED, "place_zero")?;
+        self.needs_armed("place_zero")?;
         self.geometry.check(self.region, first, u64::from(count))?;
         self.fill(first, count, |bytes| {
             // Not always a hole already: a process may have been killed while it placed data here.
@@ -376,6 +377,14 @@ impl DiskImage {
             block += together;
         }
         Ok(())
+    }
+
+    /// What comes late, after the disk was finished, is no error: its blocks are here.
+    fn needs_armed(&self, operation: &'static str) -> Result<()> {
+        if self.is_armed() {
+            return Ok(());
+        }
+        self.needs(ARMED, operation)
     }
 
     fn needs(&self, state: u8, operation: &'static str) -> Result<()> {

@@ -1,5 +1,5 @@
 //! The handshake: which export, which kind of replies. Bounded in bytes and options; the caller
-//! bounds it in time.
+//! bounds each read in time.
 
 use std::io::{self, Read, Write};
 

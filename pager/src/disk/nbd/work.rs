@@ -234,8 +234,14 @@ impl Job {
     }
 
     fn refuse(&self, error: &io::Error) -> io::Result<()> {
-        tracing::error!(%error, request = ?self.request, "a request failed");
-        let reply = self.connection.refusal(&self.request, Errno::from(error));
+        let number = Errno::from(error);
+        if number == Errno::NotSup {
+            // FAST_ZERO asks for this answer where zeroes have to be written.
+            tracing::debug!(%error, request = ?self.request, "not supported by the file system");
+        } else {
+            tracing::error!(%error, request = ?self.request, "a request failed");
+        }
+        let reply = self.connection.refusal(&self.request, number);
         self.connection.sender().send(&reply)
     }
 }
