@@ -71,7 +71,7 @@ bench-build: build
 	cargo build --release --locked --package hybridmig-bench --bin bench
 
 .PHONY: bench-micro
-bench-micro: setup-build ## measure what the pieces cost, as root: 2 minutes on an idle machine
+bench-micro: setup ## measure what the pieces cost, as root: 4 minutes on an idle machine
 	cargo bench --locked --package hybridmig-bench --benches
 
 .PHONY: deny
