@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the Linux guest of the whole-system tests: a Debian cloud kernel, and an initramfs with the
-# virtio drivers, busybox and the memory checker.
+# virtio drivers, busybox and the checkers.
 #
 #   scripts/guest-image.sh OUTDIR      leaves OUTDIR/vmlinuz and OUTDIR/initramfs
 #
@@ -74,7 +74,7 @@ kernel() {
     echo "$kernel_stamp" >"$out/kernel.stamp"
 }
 
-# Compiles the checker and packs it.
+# Compiles the checkers and packs them.
 initramfs() {
     local busybox tree=$work/tree
     busybox=$(command -v busybox) || {
@@ -96,8 +96,11 @@ initramfs() {
     cp -r "$out/modules" "$tree/modules"
     cp "$root/tests/guest/init" "$tree/init"
     chmod 755 "$tree/init" "$tree/bin/busybox"
-    "${RUSTC:-rustc}" --edition 2024 -O -C target-feature=+crt-static -C strip=symbols \
-        -C panic=abort -o "$tree/bin/memcheck" "$root/tests/guest/memcheck.rs"
+    local checker
+    for checker in memcheck diskcheck; do
+        "${RUSTC:-rustc}" --edition 2024 -O -C target-feature=+crt-static -C strip=symbols \
+            -C panic=abort -o "$tree/bin/$checker" "$root/tests/guest/$checker.rs"
+    done
     # Not compressed: the guest would unpack it on an emulated CPU.
     (cd "$tree" && find . -print0 | sort -z |
         cpio --quiet --null --create --format=newc --owner=+0:+0) >"$work/initramfs"
