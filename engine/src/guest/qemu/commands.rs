@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 /// An answer whose contents do not matter (`{}`, or `""` of the human monitor).
 pub type Ignored = Any;
 
+/// Declares a command and the type of its answer.
 macro_rules! command {
     (
         $(#[$doc:meta])*
@@ -32,6 +33,8 @@ macro_rules! command {
         }
     };
 }
+
+pub(super) use command;
 
 command! {
     /// Stops the vCPUs and drains the I/O.

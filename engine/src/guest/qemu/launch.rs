@@ -51,7 +51,7 @@ impl Launched {
     /// Starts `command` and waits until its monitor answers.
     pub fn start(command: &str, blocks: &[RamBlock]) -> GuestResult<(Self, Qmp)> {
         let words = split_command(command)?;
-        let folder = make_folder()?;
+        let folder = make_folder("hybridmig-qemu-")?;
         let result = Self::start_in(&folder, &words, blocks);
         if result.is_err() {
             remove_folder(&folder);
@@ -357,8 +357,8 @@ fn make_ram_file(size: u64) -> GuestResult<OwnedFd> {
     Ok(fd)
 }
 
-/// A folder that only we can look into: who can reach the monitor owns the guest.
-fn make_folder() -> GuestResult<PathBuf> {
+/// A folder for a socket that only we can look into: who can reach the monitor owns the guest.
+pub(super) fn make_folder(prefix: &str) -> GuestResult<PathBuf> {
     let base = [std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)]
         .into_iter()
         .flatten()
@@ -375,14 +375,14 @@ fn make_folder() -> GuestResult<PathBuf> {
     let cannot = |error: io::Error| {
         GuestError::caused(
             format!(
-                "cannot create a folder for QEMU's monitor in {}",
+                "cannot create a folder for a socket of QEMU's in {}",
                 base.display()
             ),
             error,
         )
     };
     let folder = tempfile::Builder::new()
-        .prefix("hybridmig-qemu-")
+        .prefix(prefix)
         .tempdir_in(&base)
         .map_err(cannot)?
         .keep();
@@ -397,11 +397,11 @@ fn make_folder() -> GuestResult<PathBuf> {
     Ok(folder)
 }
 
-fn remove_folder(folder: &Path) {
+pub(super) fn remove_folder(folder: &Path) {
     if let Err(error) = fs::remove_dir_all(folder)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(folder = %folder.display(), %error, "cannot remove QEMU's folder");
+        tracing::warn!(folder = %folder.display(), %error, "cannot remove a folder");
     }
 }
 

@@ -8,11 +8,13 @@
 //! - `source` and `destination` are the two ends of a migration; `door` is their way into
 //!   QEMU's address space, `state` carries the device state, `launch` starts a destination's
 //!   QEMU, `record` is what a killed destination leaves for the next one;
+//! - `disk` is all about disks;
 //! - `qmp` and `commands` are the dialogue with QEMU.
 
 mod commands;
 pub mod compare;
 mod destination;
+pub mod disk;
 mod door;
 pub mod facts;
 mod launch;

@@ -228,17 +228,21 @@ impl QemuProcess {
         PathBuf::from(format!("/proc/{}/{entry}", self.pid))
     }
 
-    /// Device and inode of a file that QEMU has opened by this name, seen from its root and its
-    /// working directory; `None` for a folder or a file that is gone.
-    fn identity(self, path: &str) -> Option<((u32, u32), u64)> {
-        let seen = if let Some(rest) = path.strip_prefix("/proc/self/") {
+    /// Where we see a file that QEMU has opened by this name, from its root and its working directory.
+    pub fn path_of(self, path: &str) -> PathBuf {
+        if let Some(rest) = path.strip_prefix("/proc/self/") {
             self.proc(rest)
         } else if path.starts_with('/') {
             PathBuf::from(format!("/proc/{}/root{path}", self.pid))
         } else {
             self.proc("cwd").join(path)
-        };
-        let metadata = fs::metadata(seen).ok()?;
+        }
+    }
+
+    /// Device and inode of a file that QEMU has opened by this name; `None` for a folder or a file
+    /// that is gone.
+    fn identity(self, path: &str) -> Option<((u32, u32), u64)> {
+        let metadata = fs::metadata(self.path_of(path)).ok()?;
         metadata
             .is_file()
             .then(|| (device_of(&metadata), metadata.ino()))

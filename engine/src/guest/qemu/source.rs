@@ -47,7 +47,7 @@ impl Default for QemuSourceOptions {
 
 /// A running QEMU guest that is to leave.
 pub struct QemuSource {
-    qmp: Qmp,
+    qmp: Arc<Qmp>,
     process: QemuProcess,
     description: GuestDescription,
     regions: Vec<RegionInfo>,
@@ -89,7 +89,7 @@ impl QemuSource {
             grace: (!inspection.direct_io.is_empty()).then_some(options.direct_io_grace),
             keep: options.keep,
             memory: inspection.into_memory()?,
-            qmp,
+            qmp: Arc::new(qmp),
             state: Mutex::default(),
         })
     }
@@ -100,7 +100,7 @@ impl QemuSource {
     }
 
     /// The monitor.
-    pub fn qmp(&self) -> &Qmp {
+    pub fn qmp(&self) -> &Arc<Qmp> {
         &self.qmp
     }
 
