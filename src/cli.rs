@@ -175,6 +175,10 @@ pub struct SendArgs {
     /// Share of memory to move before the guest resumes, 0 to 1 [default: as much as pays].
     #[arg(long, value_name = "SHARE", value_parser = units::share)]
     pub mem_frac: Option<f64>,
+    /// Share of the disks' content to move before the guest resumes, 0 to 1 [default: what the guest
+    /// has accessed lately; the rest follows].
+    #[arg(long, value_name = "SHARE", value_parser = units::share)]
+    pub disk_frac: Option<f64>,
     /// The longest downtime that is acceptable. In hybrid mode it bounds the freeze set; in
     /// precopy mode the guest is not frozen until the rest fits it.
     #[arg(long, value_name = "TIME", value_parser = units::time)]

@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use hybridmig_engine::driver::destination::Waiting;
+use hybridmig_engine::regions::PAGE;
 use hybridmig_engine::session::io::{LinkFigures, Phase};
 use hybridmig_engine::session::source::SourceProgress;
 use hybridmig_transport::message::Mode;
@@ -84,8 +85,8 @@ async fn show_source(mut shown: watch::Receiver<Option<SourceProgress>>, mode: M
         let text = source_line(&progress);
         if terminal {
             // What is sent again in later rounds counts again.
-            bar.set_length((progress.blocks_sent + progress.blocks_remaining).max(1));
-            bar.set_position(progress.blocks_sent);
+            bar.set_length((progress.pages_sent + progress.pages_remaining).max(1));
+            bar.set_position(progress.pages_sent);
             bar.set_prefix(phase_name(progress.phase));
             bar.set_message(text);
         } else if lines.due(progress.phase) {
@@ -101,10 +102,10 @@ fn source_line(progress: &SourceProgress) -> String {
         text = format!("round {}, ", progress.round);
     }
     text.push_str(&format!(
-        "{} sent, {}, {} blocks to go",
+        "{} sent, {}, {} to go",
         show_bytes(progress.bytes_sent),
         show_rate(progress.rate),
-        progress.blocks_remaining,
+        to_go(progress),
     ));
     // The first bytes say nothing about the rate of the rest.
     if let Some(eta) = progress.eta.filter(|_| progress.bytes_sent >= SETTLED) {
@@ -123,6 +124,21 @@ fn source_line(progress: &SourceProgress) -> String {
         progress.gives_up_in,
     ));
     text
+}
+
+/// What is left to send; memory and storage apart where there is both.
+fn to_go(progress: &SourceProgress) -> String {
+    let bytes = |pages| show_bytes(pages * u64::from(PAGE));
+    let disks = progress.disk_pages_remaining;
+    if disks == 0 {
+        return bytes(progress.pages_remaining);
+    }
+    let memory = progress.pages_remaining.saturating_sub(disks);
+    format!(
+        "{} of memory and {} of storage",
+        bytes(memory),
+        bytes(disks)
+    )
 }
 
 /// The link as it is now; empty while nothing is known.

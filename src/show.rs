@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use hybridmig_engine::driver::level::LevelsUsed;
-use hybridmig_engine::report::{PhaseTraffic, Report};
+use hybridmig_engine::report::{Kind, PhaseTraffic, Report};
 use hybridmig_engine::session::io::{DestinationOutcome, SourceOutcome};
 
 use crate::units::{show_bytes, show_rate, show_time};
@@ -153,6 +153,13 @@ pub fn figures(report: &Report) -> String {
     for phase in &report.traffic {
         traffic(&mut table, phase);
     }
+    if let Some(kinds) = report
+        .kinds
+        .filter(|kinds| kinds.storage != Kind::default())
+    {
+        table.row("memory", kind(&kinds.memory));
+        table.row("storage", kind(&kinds.storage));
+    }
     if let Some(faults) = &report.faults {
         let mut text = format!(
             "{} over the network, {} answered at the destination",
@@ -214,6 +221,19 @@ fn traffic(table: &mut Table, phase: &PhaseTraffic) {
         &phase.phase,
         format!("{} ({})", show_bytes(wire), parts.join(", ")),
     );
+}
+
+fn kind(kind: &Kind) -> String {
+    format!(
+        "{} ({} before, {} in, {} after the freeze); {} of {} blocks stayed behind, {} asked for",
+        show_bytes(kind.bytes()),
+        show_bytes(kind.pre_copy_bytes),
+        show_bytes(kind.freeze_copy_bytes),
+        show_bytes(kind.post_copy_bytes),
+        kind.behind_blocks,
+        kind.content_blocks,
+        kind.faults
+    )
 }
 
 fn seconds(value: f64) -> String {

@@ -82,12 +82,28 @@ impl Blocks {
 
     /// Takes up to `limit` lowest blocks of the first non-empty region out of the set.
     pub fn pop_front(&mut self, limit: usize) -> Option<(RegionId, Vec<u32>)> {
-        let (region, set) = self.0.iter_mut().find(|(_, set)| !set.is_empty())?;
+        let (region, _) = self.iter().next()?;
+        Some((region, self.pop_of(region, limit)))
+    }
+
+    /// Takes up to `limit` lowest blocks of this region out of the set.
+    pub fn pop_of(&mut self, region: RegionId, limit: usize) -> Vec<u32> {
+        let Some(set) = self.0.get_mut(&region) else {
+            return Vec::new();
+        };
         let taken: Vec<u32> = set.iter().take(limit).collect();
         for block in &taken {
             set.remove(*block);
         }
-        Some((*region, taken))
+        taken
+    }
+
+    /// The blocks that are in both.
+    #[must_use]
+    pub fn intersection(&self, other: &Self) -> Self {
+        self.iter()
+            .filter_map(|(region, set)| Some((region, set & other.get(region)?)))
+            .collect()
     }
 }
 

@@ -6,6 +6,7 @@ pub mod driver;
 pub mod guest;
 pub mod journal;
 pub mod plan;
+pub mod regions;
 pub mod report;
 pub mod session;
 

@@ -1,22 +1,27 @@
 //! Which blocks move in which phase, and when to freeze. Pure rules over sets and figures: it
 //! knows no message and no clock.
 //!
-//! The rules, until a predictor replaces them. With R blocks not current at the destination, b
-//! bytes per block on the wire (measured), B bytes/s that arrive (measured) and a fixed cost C of
+//! Amounts are in pages of 4 KiB, memory and disks alike (see [`crate::regions`]).
+//!
+//! The rules, until a predictor replaces them. With R pages not current at the destination, b
+//! bytes per page on the wire (measured), B bytes/s that arrive (measured) and a fixed cost C of
 //! stopping, saving and loading:
 //!
 //! - predicted downtime of a freeze that moves all of R: `D(R) = R·b/B + rtt/2 + C`;
-//! - what fits a downtime target T: `(T − rtt/2 − C) · B / b` blocks, and never less than what
+//! - what fits a downtime target T: `(T − rtt/2 − C) · B / b` pages, and never less than what
 //!   [`FLOOR_SHARE`] of T carries: on a link whose delay alone exceeds the target more rounds would
 //!   gain nothing;
 //! - a round does not pay when the guest dirties [`UNPAYING_DIRTY`] of what the link carries, or
-//!   when the rest did not shrink by [`UNPAYING_SHRINK`].
+//!   when the rest did not shrink by [`UNPAYING_SHRINK`];
+//! - of a disk moves before the freeze, in hybrid mode, what the guest has accessed lately: a disk is
+//!   many times as large as what is used of it.
 
 use std::time::Duration;
 
-use hybridmig_transport::message::{Mode, RegionInfo};
+use hybridmig_transport::message::{Mode, RegionInfo, RegionKind};
 
 use crate::blocks::{BlockSet, Blocks, RegionId};
+use crate::regions::Regions;
 
 /// Stopping the guest, saving and loading its device state, the journals: assumed until measured.
 pub const FIXED_COST: Duration = Duration::from_millis(50);
@@ -34,18 +39,30 @@ pub const DEFAULT_MAX_DOWNTIME: Duration = Duration::from_secs(1);
 
 /// How recently and how often each block was written: one byte per block, one bit per scan, the
 /// newest on top. Its numeric order is recency first, then frequency, and history older than eight
-/// scans is forgotten.
+/// scans is forgotten. A block that was only read lately is the least of the warm ones.
 #[derive(Debug, Default)]
 pub struct Heat {
     regions: Vec<Vec<u8>>,
+    read: Blocks,
+    shapes: Regions,
 }
+
+/// Heat of a block that was read lately and not written.
+const READ: u8 = 1;
 
 impl Heat {
     /// Nothing has been written yet.
     pub fn new(regions: &[RegionInfo]) -> Self {
         Self {
             regions: regions.iter().map(|r| vec![0; r.blocks as usize]).collect(),
+            read: Blocks::new(),
+            shapes: Regions::new(regions.to_vec()),
         }
+    }
+
+    /// The guest is known to have read these (or written: not every guest can tell).
+    pub fn accessed(&mut self, blocks: &Blocks) {
+        self.read.union_with(blocks);
     }
 
     /// A scan has found `dirty`.
@@ -67,37 +84,44 @@ impl Heat {
         }
     }
 
-    /// The block's heat; 0 for one that was not written lately.
+    /// The block's heat; 0 for one that was not accessed lately.
     pub fn of(&self, region: RegionId, block: u32) -> u8 {
-        self.regions
+        let written = self
+            .regions
             .get(usize::from(region.0))
             .and_then(|bytes| bytes.get(block as usize))
             .copied()
-            .unwrap_or(0)
+            .unwrap_or(0);
+        if written == 0 && self.read.contains(region, block) {
+            READ
+        } else {
+            written
+        }
     }
 
-    /// The `count` hottest blocks of `among`; of equally hot ones the lowest.
-    pub fn hottest(&self, among: &Blocks, count: u64) -> Blocks {
-        if count >= among.len() {
+    /// The hottest blocks of `among` that come to `pages`; of equally hot ones the lowest.
+    pub fn hottest(&self, among: &Blocks, pages: u64) -> Blocks {
+        if pages >= self.shapes.pages(among) {
             return among.clone();
         }
         let mut histogram = [0u64; 256];
         for (region, block) in among.iter_blocks() {
-            histogram[usize::from(self.of(region, block))] += 1;
+            histogram[usize::from(self.of(region, block))] += self.shapes.pages_per_block(region);
         }
         let (mut threshold, mut above) = (255, 0);
-        while threshold > 0 && above + histogram[threshold] < count {
+        while threshold > 0 && above + histogram[threshold] < pages {
             above += histogram[threshold];
             threshold -= 1;
         }
-        let mut at_threshold = count - above;
+        let mut at_threshold = pages - above;
         let mut chosen = Blocks::new();
         for (region, block) in among.iter_blocks() {
             let heat = usize::from(self.of(region, block));
+            let size = self.shapes.pages_per_block(region);
             if heat > threshold {
                 chosen.insert(region, block);
-            } else if heat == threshold && at_threshold > 0 {
-                at_threshold -= 1;
+            } else if heat == threshold && at_threshold >= size {
+                at_threshold -= size;
                 chosen.insert(region, block);
             }
         }
@@ -105,10 +129,18 @@ impl Heat {
     }
 }
 
-/// The order in which blocks that stayed behind are pushed: after what the guest touched last,
-/// then by heat, then ascending.
+/// The order in which blocks that stayed behind are pushed: memory before disks, and of each kind
+/// after what the guest touched last, then by heat, then ascending.
 #[derive(Debug, Default)]
 pub struct PushOrder {
+    shapes: Regions,
+    memory: KindOrder,
+    disks: KindOrder,
+}
+
+/// The order within one kind.
+#[derive(Debug, Default)]
+struct KindOrder {
     /// The blocks by heat, the hottest last.
     levels: Vec<Blocks>,
     /// Where the guest faulted, the newest last.
@@ -117,12 +149,46 @@ pub struct PushOrder {
 
 /// Faults whose neighbourhood is pushed first.
 const RECENT_FAULTS: usize = 8;
-/// Blocks after a fault that are pushed before others.
+/// Pages after a fault that are pushed before others.
 const NEIGHBOURHOOD: u32 = 512;
 
 impl PushOrder {
     /// Orders `behind` by its heat.
     pub fn new(behind: &Blocks, heat: &Heat) -> Self {
+        let shapes = heat.shapes.clone();
+        let order = |kind| KindOrder::new(&shapes.of_kind(behind, kind), heat);
+        Self {
+            memory: order(RegionKind::Memory),
+            disks: order(RegionKind::Disk),
+            shapes,
+        }
+    }
+
+    /// The guest faulted here.
+    pub fn faulted(&mut self, region: RegionId, block: u32) {
+        let order = if self.shapes.is_disk(region) {
+            &mut self.disks
+        } else {
+            &mut self.memory
+        };
+        if order.recent.len() == RECENT_FAULTS {
+            order.recent.remove(0);
+        }
+        order.recent.push((region, block));
+    }
+
+    /// Takes blocks of one region, up to `pages`, out of `remaining`, the next in order.
+    pub fn next(&mut self, remaining: &mut Blocks, pages: usize) -> Option<(RegionId, Vec<u32>)> {
+        self.memory
+            .next(remaining, &self.shapes, pages)
+            .or_else(|| self.disks.next(remaining, &self.shapes, pages))
+            // Nothing is forgotten, whatever happened to the order.
+            .or_else(|| self.shapes.pop(remaining, pages))
+    }
+}
+
+impl KindOrder {
+    fn new(behind: &Blocks, heat: &Heat) -> Self {
         let mut levels = vec![Blocks::new(); 256];
         for (region, set) in behind.iter() {
             let mut by_heat: Vec<BlockSet> = vec![BlockSet::new(); 256];
@@ -142,24 +208,16 @@ impl PushOrder {
         }
     }
 
-    /// The guest faulted here.
-    pub fn faulted(&mut self, region: RegionId, block: u32) {
-        if self.recent.len() == RECENT_FAULTS {
-            self.recent.remove(0);
-        }
-        self.recent.push((region, block));
-    }
-
-    /// Takes up to `limit` blocks of one region out of `remaining`, the next in order.
-    pub fn next(&mut self, remaining: &mut Blocks, limit: usize) -> Option<(RegionId, Vec<u32>)> {
+    fn next(
+        &mut self,
+        remaining: &mut Blocks,
+        shapes: &Regions,
+        pages: usize,
+    ) -> Option<(RegionId, Vec<u32>)> {
         while let Some((region, block)) = self.recent.last().copied() {
-            let near = take_range(
-                remaining,
-                region,
-                block,
-                block.saturating_add(NEIGHBOURHOOD),
-                limit,
-            );
+            let reach = NEIGHBOURHOOD / shapes.pages_per_block(region) as u32;
+            let last = block.saturating_add(reach);
+            let near = take_range(remaining, region, block, last, shapes.chunk(region, pages));
             if near.is_empty() {
                 self.recent.pop();
             } else {
@@ -167,7 +225,7 @@ impl PushOrder {
             }
         }
         while let Some(level) = self.levels.last_mut() {
-            let Some((region, blocks)) = level.pop_front(limit) else {
+            let Some((region, blocks)) = shapes.pop(level, pages) else {
                 self.levels.pop();
                 continue;
             };
@@ -179,8 +237,7 @@ impl PushOrder {
                 return Some((region, blocks));
             }
         }
-        // Nothing is forgotten, whatever happened to the order.
-        remaining.pop_front(limit)
+        None
     }
 }
 
@@ -206,13 +263,13 @@ pub fn take_range(
 pub struct RoundFigures {
     /// Rounds done, the first pass included.
     pub round: u32,
-    /// Blocks that are not current at the destination now (without those meant to stay behind).
+    /// Pages that are not current at the destination now (without those meant to stay behind).
     pub rest: u64,
     /// The same when the round began.
     pub rest_before: u64,
-    /// Distinct blocks that the guest dirties per second.
+    /// Distinct pages that the guest dirties per second.
     pub dirty_rate: f64,
-    /// Blocks per second that arrive.
+    /// Pages per second that arrive.
     pub send_rate: f64,
     /// Smoothed round-trip time.
     pub rtt: Duration,
@@ -235,7 +292,7 @@ impl RoundFigures {
     }
 }
 
-/// Blocks that fit a downtime of `target`.
+/// Pages that fit a downtime of `target`.
 pub fn fits(target: Duration, rtt: Duration, send_rate: f64) -> u64 {
     let target = target.as_secs_f64();
     let transfer = target - rtt.as_secs_f64() / 2.0 - FIXED_COST.as_secs_f64();
@@ -330,8 +387,8 @@ impl Decider {
         }
         Verdict::NotConverged {
             reason: format!(
-                "after {} rounds {} blocks are left, which the guest dirties at {:.0} blocks/s while \
-                 {:.0} blocks/s arrive: stopping it now would cost about {:.2} s, more than the {:.2} s \
+                "after {} rounds {} pages are left, which the guest dirties at {:.0} pages/s while \
+                 {:.0} pages/s arrive: stopping it now would cost about {:.2} s, more than the {:.2} s \
                  allowed; raise --max-downtime or use --mode hybrid",
                 figures.round,
                 figures.rest,
@@ -353,54 +410,109 @@ pub struct FreezeSplit {
     pub behind: Blocks,
 }
 
-/// The operator's share, and how much of the guest has content.
+/// The operator's share of one kind, and how much of the guest's has content.
 #[derive(Clone, Copy, Debug)]
 pub struct Share {
-    /// Share of the populated blocks to move before the guest resumes, 0 to 1.
+    /// Share of what has content to move before the guest resumes, 0 to 1.
     pub fraction: f64,
-    /// Populated blocks.
+    /// Pages with content.
     pub populated: u64,
 }
 
 impl Share {
-    /// Number of blocks that the share stands for.
-    pub fn blocks(&self) -> u64 {
+    /// Number of pages that the share stands for.
+    pub fn pages(&self) -> u64 {
         (self.fraction.clamp(0.0, 1.0) * self.populated as f64).ceil() as u64
     }
 }
 
+/// The operator's shares of both kinds, where one was given.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Shares {
+    /// Of memory.
+    pub memory: Option<Share>,
+    /// Of the disks.
+    pub disks: Option<Share>,
+}
+
+/// What is not current at the freeze.
+#[derive(Clone, Debug, Default)]
+pub struct Rest {
+    /// Was sent and has changed since.
+    pub stale: Blocks,
+    /// Was never sent.
+    pub unsent: Blocks,
+}
+
 /// Which of the blocks that are not current (`rest`) move in the freeze: in pre-copy all, in
-/// post-copy none, in hybrid the hottest that fit the target. With a share given, as many as reach
-/// it (all, when it is 1), but no more than fit `max_downtime`.
+/// post-copy none, in hybrid the hottest that fit the target, memory before what has changed on the
+/// disks. With a share given, as many of that kind as reach it (all, when it is 1), but no more than
+/// fit `max_downtime`.
 pub fn split_at_freeze(
     limits: &Limits,
-    share: Option<Share>,
-    rest: Blocks,
+    shares: Shares,
+    rest: Rest,
     heat: &Heat,
     rtt: Duration,
     send_rate: f64,
 ) -> FreezeSplit {
-    let count = match (limits.mode, share) {
-        (Mode::Precopy, _) => rest.len(),
-        (Mode::Postcopy, _) => 0,
-        (Mode::Hybrid, Some(share)) => {
-            let moved = share.populated.saturating_sub(rest.len());
-            let needed = share.blocks().saturating_sub(moved);
-            limits
-                .max_downtime
-                .map_or(needed, |max| needed.min(fits(max, rtt, send_rate)))
-        }
-        (Mode::Hybrid, None) => {
+    let Rest { stale, unsent } = rest;
+    let mut behind = stale.clone();
+    behind.union_with(&unsent);
+    let freeze = match limits.mode {
+        Mode::Precopy => behind.clone(),
+        Mode::Postcopy => Blocks::new(),
+        Mode::Hybrid => {
+            let within = |limit: Duration| fits(limit, rtt, send_rate);
             let target = limits
                 .target
                 .min(limits.max_downtime.unwrap_or(Duration::MAX));
-            fits(target, rtt, send_rate)
+            let most = limits.max_downtime.map_or(u64::MAX, within);
+            let mut freeze = Blocks::new();
+            let mut taken = 0;
+            for (kind, share) in [
+                (RegionKind::Memory, shares.memory),
+                (RegionKind::Disk, shares.disks),
+            ] {
+                let all = heat.shapes.of_kind(&behind, kind);
+                let (among, budget) = match share {
+                    Some(share) => {
+                        let moved = share.populated.saturating_sub(heat.shapes.pages(&all));
+                        let needed = share.pages().saturating_sub(moved);
+                        (all, needed.min(most.saturating_sub(taken)))
+                    }
+                    // What was left out of a disk is to stay behind.
+                    None if kind == RegionKind::Disk => (
+                        heat.shapes.of_kind(&stale, kind),
+                        within(target).saturating_sub(taken),
+                    ),
+                    None => (all, within(target).saturating_sub(taken)),
+                };
+                let chosen = heat.hottest(&among, budget);
+                taken += heat.shapes.pages(&chosen);
+                freeze.union_with(&chosen);
+            }
+            freeze
         }
     };
-    let freeze = heat.hottest(&rest, count);
-    let mut behind = rest;
     behind.subtract(&freeze);
     FreezeSplit { freeze, behind }
+}
+
+/// What of a disk's content moves in pre-copy, in hybrid mode: the operator's share, what was accessed
+/// lately first; without one, what was accessed lately.
+pub fn disk_share(share: Option<Share>, content: &Blocks, heat: &Heat) -> Blocks {
+    let disks = heat.shapes.of_kind(content, RegionKind::Disk);
+    match share {
+        Some(share) => heat.hottest(&disks, share.pages()),
+        None => disks
+            .iter_blocks()
+            .filter(|(region, block)| heat.of(*region, *block) > 0)
+            .fold(Blocks::new(), |mut warm, (region, block)| {
+                warm.insert(region, block);
+                warm
+            }),
+    }
 }
 
 #[cfg(test)]

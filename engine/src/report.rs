@@ -48,6 +48,9 @@ pub struct Report {
     pub downtime: Option<Downtime>,
     /// What was sent (source) or applied (destination), by phase.
     pub traffic: Vec<PhaseTraffic>,
+    /// Memory and storage apart (source only).
+    #[serde(default)]
+    pub kinds: Option<Kinds>,
     /// Levels of compression on the bulk lane (source only).
     #[serde(default)]
     pub compression: Option<LevelsUsed>,
@@ -88,6 +91,7 @@ impl Report {
             times: Times::default(),
             downtime: None,
             traffic: Vec::new(),
+            kinds: None,
             compression: None,
             rounds: Vec::new(),
             faults: None,
@@ -149,6 +153,41 @@ impl Downtime {
         self.journal = seconds(timings.journal_us);
         self.resume = seconds(timings.resume_us);
         self
+    }
+}
+
+/// Memory and storage apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kinds {
+    /// Of memory.
+    pub memory: Kind,
+    /// Of all disks.
+    pub storage: Kind,
+}
+
+/// What moved of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kind {
+    /// Blocks that had content when tracking began.
+    pub content_blocks: u64,
+    /// Blocks chosen to move in the freeze.
+    pub freeze_set_blocks: u64,
+    /// Blocks that stayed behind at the freeze.
+    pub behind_blocks: u64,
+    /// Blocks that the destination asked for.
+    pub faults: u64,
+    /// Bytes sent in batches while the guest ran at the source.
+    pub pre_copy_bytes: u64,
+    /// While it stood still.
+    pub freeze_copy_bytes: u64,
+    /// Since then.
+    pub post_copy_bytes: u64,
+}
+
+impl Kind {
+    /// Bytes sent in all phases.
+    pub fn bytes(&self) -> u64 {
+        self.pre_copy_bytes + self.freeze_copy_bytes + self.post_copy_bytes
     }
 }
 

@@ -31,6 +31,7 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
     let guest = open(&args.guest)?;
     let config = SourceConfig {
         mem_frac: args.mem_frac,
+        disk_frac: args.disk_frac,
         max_downtime: args.max_downtime,
         max_rounds: args.max_rounds,
         prefetch: args.prefetch,

@@ -381,6 +381,7 @@ fn worker(
     let execute = move |command: SourceCommand| {
         let began = Instant::now();
         let what = name(&command);
+        let looks = matches!(command, SourceCommand::StartTracking | SourceCommand::Scan);
         let result = match &command {
             SourceCommand::StartTracking => guest.start_tracking().map(SourceInput::Tracking),
             SourceCommand::Scan => guest.take_dirty().map(SourceInput::Dirty),
@@ -400,7 +401,16 @@ fn worker(
             error: format!("{what}: {}", error.chain()),
         });
         // The receiver is gone only when the session has ended.
-        let _ = inputs.blocking_send(input);
+        let tell = |input| {
+            let _ = inputs.blocking_send(input);
+        };
+        if looks {
+            let accessed = guest.accessed();
+            if !accessed.is_empty() {
+                tell(SourceInput::Accessed(accessed));
+            }
+        }
+        tell(input);
     };
     Worker::spawn("guest", execute).map_err(DriverError::Thread)
 }

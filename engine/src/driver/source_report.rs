@@ -122,6 +122,7 @@ pub fn build(facts: &Facts<'_>, sampler: &Sampler) -> Report {
                 seconds: round.seconds,
             })
             .collect();
+        report.kinds = Some(machine.figures().kinds());
         report.notes = [machine.notes(), machine.warnings()].concat();
     }
     let traffic = facts.plane.traffic();

@@ -77,6 +77,13 @@ pub trait SourceGuest: Send + Sync {
     /// reported again by a later call. On a frozen guest the result is final.
     fn take_dirty(&self) -> GuestResult<Blocks>;
 
+    /// Blocks with content that the guest has accessed lately, read or written, as far as it can be
+    /// told cheaply: those of disks that are to move first. Asked after [`Self::start_tracking`]
+    /// and after [`Self::take_dirty`]; may be empty, and may be wrong.
+    fn accessed(&self) -> Blocks {
+        Blocks::new()
+    }
+
     /// Copies one block into `buf`, whose length is the region's block size. While the guest runs
     /// the copy may be torn; the block is then reported by a later [`Self::take_dirty`].
     fn read(&self, region: RegionId, block: u32, buf: &mut [u8]) -> GuestResult<()>;

@@ -66,7 +66,7 @@ fn push_goes_near_faults_then_by_heat_then_ascending() {
     let mut order = PushOrder::new(&remaining, &heat);
     order.faulted(RAM, 700);
     assert_eq!(order.next(&mut remaining, 2), Some((RAM, vec![700, 701])));
-    while order.recent.last().is_some() {
+    while order.memory.recent.last().is_some() {
         let (_, near) = order.next(&mut remaining, 64).expect("blocks remain");
         if near[0] == 1500 {
             assert_eq!(near, [1500, 1501]);
@@ -165,13 +165,20 @@ fn split(
         max_downtime: max.map(Duration::from_millis),
         ..limits(mode)
     };
-    let share = share.map(|fraction| Share {
-        fraction,
-        populated: 1000,
-    });
+    let shares = Shares {
+        memory: share.map(|fraction| Share {
+            fraction,
+            populated: 1000,
+        }),
+        disks: None,
+    };
+    let rest = Rest {
+        stale: rest,
+        unsent: Blocks::new(),
+    };
     split_at_freeze(
         &limits,
-        share,
+        shares,
         rest,
         heat,
         Duration::from_millis(50),
@@ -196,4 +203,96 @@ fn the_split_follows_mode_share_and_limits() {
     let split = split(Mode::Hybrid, Some(0.7), None, rest.clone(), &heat);
     assert_eq!(split.freeze, set(300..400), "the hottest move");
     assert_eq!(split.behind, set(0..300));
+}
+
+const DISK: RegionId = RegionId(1);
+
+/// Memory of 1000 pages and a disk of 100 blocks, which are as long as 1600.
+fn with_disk() -> Vec<RegionInfo> {
+    let mut regions = regions(1000);
+    regions.push(RegionInfo {
+        id: DISK,
+        kind: RegionKind::Disk,
+        name: "disk".into(),
+        blocks: 100,
+        block_size: 65_536,
+    });
+    regions
+}
+
+fn on_disk(blocks: impl IntoIterator<Item = u32>) -> Blocks {
+    std::iter::once((DISK, blocks.into_iter().collect())).collect()
+}
+
+fn both(memory: Blocks, disk: &Blocks) -> Blocks {
+    let mut both = memory;
+    both.union_with(disk);
+    both
+}
+
+#[test]
+fn of_a_disk_what_was_accessed_moves_first() {
+    let mut heat = Heat::new(&with_disk());
+    heat.accessed(&on_disk([50, 60]));
+    heat.scanned(&on_disk([70]));
+    let content = both(set(0..1000), &on_disk(40..80));
+    assert_eq!(disk_share(None, &content, &heat), on_disk([50, 60, 70]));
+    let share = |fraction| {
+        let share = Share {
+            fraction,
+            populated: 40 * 16,
+        };
+        disk_share(Some(share), &content, &heat)
+    };
+    assert_eq!(share(0.0), Blocks::new());
+    assert_eq!(share(0.05), on_disk([50, 70]), "written before read");
+    assert_eq!(share(0.1), on_disk([40, 50, 60, 70]));
+    assert_eq!(share(1.0), on_disk(40..80));
+}
+
+#[test]
+fn at_the_freeze_memory_goes_before_disks_and_what_was_left_out_stays() {
+    let heat = Heat::new(&with_disk());
+    let rest = |memory: u32| Rest {
+        stale: both(set(0..memory), &on_disk(0..10)),
+        unsent: on_disk(20..90),
+    };
+    let split = |mode, shares, memory| {
+        let rtt = Duration::from_millis(50);
+        split_at_freeze(&limits(mode), shares, rest(memory), &heat, rtt, 1000.0)
+    };
+    // 225 pages fit: 100 of memory, and 7 blocks of the disk.
+    let hybrid = split(Mode::Hybrid, Shares::default(), 100);
+    assert_eq!(hybrid.freeze, both(set(0..100), &on_disk(0..7)));
+    assert_eq!(hybrid.behind, both(on_disk(7..10), &on_disk(20..90)));
+    let full = split(Mode::Hybrid, Shares::default(), 400);
+    assert_eq!(full.freeze, set(0..225));
+    // All of the disk is to be there, whatever memory takes.
+    let disks = Some(Share {
+        fraction: 1.0,
+        populated: 1600,
+    });
+    let shares = Shares {
+        memory: None,
+        disks,
+    };
+    let all = split(Mode::Hybrid, shares, 400);
+    assert_eq!(
+        all.freeze,
+        both(set(0..225), &both(on_disk(0..10), &on_disk(20..90)))
+    );
+    assert!(split(Mode::Postcopy, shares, 400).freeze.is_empty());
+    assert!(split(Mode::Precopy, shares, 400).behind.is_empty());
+}
+
+#[test]
+fn memory_is_pushed_before_disks_in_batches_of_the_same_length() {
+    let heat = Heat::new(&with_disk());
+    let mut remaining = both(set(0..100), &on_disk(0..100));
+    let mut order = PushOrder::new(&remaining, &heat);
+    order.faulted(DISK, 90);
+    let mut next = || order.next(&mut remaining, 64);
+    assert_eq!(next(), Some((RAM, (0..64).collect())));
+    assert_eq!(next(), Some((RAM, (64..100).collect())));
+    assert_eq!(next(), Some((DISK, vec![90, 91, 92, 93])));
 }

@@ -86,6 +86,9 @@ pub enum SourceInput {
     },
     /// A message from the destination.
     Message(Message),
+    /// Blocks that the guest has accessed lately, as far as it can tell. Given before the answer to
+    /// `StartTracking` or `Scan`; answers no command.
+    Accessed(Blocks),
     /// Answer to [`SourceCommand::StartTracking`]: the blocks that have content.
     Tracking(Blocks),
     /// Answer to [`SourceCommand::Scan`].

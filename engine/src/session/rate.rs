@@ -8,20 +8,20 @@ use super::io::LinkFigures;
 /// Assumed before anything was measured, in bytes/s.
 const ASSUMED_BANDWIDTH: f64 = 10e6;
 /// Assumed before anything was measured: a page and its header, uncompressed.
-const ASSUMED_BLOCK: f64 = 4112.0;
+const ASSUMED_PAGE: f64 = 4112.0;
 /// Shortest interval that makes a sample.
 const SAMPLE: Duration = Duration::from_millis(100);
 /// Weight of a new sample in the smoothed rate.
 const RATE_WEIGHT: f64 = 0.3;
-/// Weight of a chunk in the smoothed block size, per 64 blocks.
-const BLOCK_WEIGHT: f64 = 0.05;
+/// Weight of a chunk in the smoothed size of a page, per 64 pages.
+const PAGE_WEIGHT: f64 = 0.05;
 
 /// Smoothed figures of a session.
 #[derive(Debug)]
 pub(crate) struct Estimator {
     link: LinkFigures,
     rate: Option<f64>,
-    bytes_per_block: f64,
+    bytes_per_page: f64,
     window: Option<Window>,
 }
 
@@ -36,7 +36,7 @@ impl Estimator {
         Self {
             link: LinkFigures::default(),
             rate: None,
-            bytes_per_block: ASSUMED_BLOCK,
+            bytes_per_page: ASSUMED_PAGE,
             window: None,
         }
     }
@@ -49,14 +49,14 @@ impl Estimator {
         self.link
     }
 
-    /// A chunk of `blocks` blocks took `bytes` on the wire.
-    pub(crate) fn sent(&mut self, blocks: u64, bytes: u64) {
-        if blocks == 0 {
+    /// A chunk of `pages` pages took `bytes` on the wire.
+    pub(crate) fn sent(&mut self, pages: u64, bytes: u64) {
+        if pages == 0 {
             return;
         }
-        let weight = (BLOCK_WEIGHT * blocks as f64 / 64.0).clamp(0.001, 0.2);
-        let sample = bytes as f64 / blocks as f64;
-        self.bytes_per_block += weight * (sample - self.bytes_per_block);
+        let weight = (PAGE_WEIGHT * pages as f64 / 64.0).clamp(0.001, 0.2);
+        let sample = bytes as f64 / pages as f64;
+        self.bytes_per_page += weight * (sample - self.bytes_per_page);
     }
 
     /// `bytes` were acknowledged as applied. A sample spans only time in which something was in
@@ -108,13 +108,13 @@ impl Estimator {
         self.rate.unwrap_or(0.0).max(self.link.bandwidth)
     }
 
-    pub(crate) fn bytes_per_block(&self) -> f64 {
-        self.bytes_per_block.max(1.0)
+    pub(crate) fn bytes_per_page(&self) -> f64 {
+        self.bytes_per_page.max(1.0)
     }
 
-    /// Blocks per second that arrive.
-    pub(crate) fn blocks_per_second(&self) -> f64 {
-        self.bandwidth() / self.bytes_per_block()
+    /// Pages per second that arrive.
+    pub(crate) fn pages_per_second(&self) -> f64 {
+        self.bandwidth() / self.bytes_per_page()
     }
 
     pub(crate) fn rtt(&self) -> Duration {
@@ -162,11 +162,11 @@ mod tests {
     }
 
     #[test]
-    fn block_size_follows_what_was_sent() {
+    fn the_size_of_a_page_follows_what_was_sent() {
         let mut estimator = Estimator::new();
         for _ in 0..500 {
             estimator.sent(64, 64 * 1000);
         }
-        assert!((estimator.bytes_per_block() - 1000.0).abs() < 20.0);
+        assert!((estimator.bytes_per_page() - 1000.0).abs() < 20.0);
     }
 }

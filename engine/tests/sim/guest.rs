@@ -12,6 +12,17 @@ pub type Content = u64;
 /// A block of a guest.
 pub type Block = (RegionId, u32);
 
+/// What an access came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing that anybody needs to know.
+    Done,
+    /// The vCPU waits for this block.
+    Faulted(Block),
+    /// The block was missing, and is not needed any more.
+    Overwritten(Block),
+}
+
 /// The memory that one host holds; `None` is not populated.
 #[derive(Debug)]
 pub struct Memory(Vec<Vec<Option<Content>>>);
@@ -38,6 +49,8 @@ impl Memory {
 #[derive(Debug)]
 pub struct Guest {
     regions: Vec<u32>,
+    /// Regions with this id or above are disks: what the guest writes there need not be there before.
+    first_disk: usize,
     truth: Vec<Vec<Content>>,
     writes: u64,
     pub source: Memory,
@@ -55,9 +68,10 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn new(regions: &[u32], vcpus: usize, rng: &mut SmallRng) -> Self {
+    pub fn new(regions: &[u32], first_disk: usize, vcpus: usize, rng: &mut SmallRng) -> Self {
         let mut guest = Self {
             regions: regions.to_vec(),
+            first_disk,
             truth: regions.iter().map(|n| vec![0; *n as usize]).collect(),
             writes: 0,
             source: Memory::new(regions),
@@ -180,11 +194,22 @@ impl Guest {
         missing
     }
 
-    /// One access by one vCPU that does not wait. Returns the block that it faulted on.
-    pub fn access(&mut self, writes: f64, rng: &mut SmallRng) -> Option<Block> {
+    /// Blocks with content, a sample of them: what a guest's host may know of its accesses, or not.
+    pub fn accessed(&self, rng: &mut SmallRng) -> Blocks {
+        let mut blocks = Blocks::new();
+        for (region, block) in self.blocks() {
+            if rng.random_bool(0.2) && self.source.populated((region, block)) {
+                blocks.insert(region, block);
+            }
+        }
+        blocks
+    }
+
+    /// One access by one vCPU that does not wait: what it came to.
+    pub fn access(&mut self, writes: f64, rng: &mut SmallRng) -> Access {
         let vcpu = rng.random_range(0..self.vcpus.len());
         if self.vcpus[vcpu].is_some() || !(self.source_runs || self.destination_runs) {
-            return None;
+            return Access::Done;
         }
         let all: u32 = self.regions.iter().sum();
         let block = if rng.random_bool(0.7) {
@@ -202,11 +227,18 @@ impl Guest {
             if rng.random_bool(writes) {
                 self.write_source(block, rng);
             }
-            return None;
+            return Access::Done;
         }
         if self.trapped.contains(block.0, block.1) {
+            // A disk's block that is written whole need not come.
+            if usize::from(block.0.0) >= self.first_disk && rng.random_bool(writes) {
+                let content = self.new_content(block, rng);
+                self.destination.set(block, Some(content));
+                self.wake(block);
+                return Access::Overwritten(block);
+            }
             self.vcpus[vcpu] = Some(block);
-            return Some(block);
+            return Access::Faulted(block);
         }
         assert_eq!(
             self.destination.read(block),
@@ -217,7 +249,7 @@ impl Guest {
             let content = self.new_content(block, rng);
             self.destination.set(block, Some(content));
         }
-        None
+        Access::Done
     }
 
     /// The guest at the destination gives a block back.

@@ -212,7 +212,12 @@ impl World {
             };
         }
         match job.command {
-            SourceCommand::StartTracking => SourceInput::Tracking(self.guest.start_tracking()),
+            SourceCommand::StartTracking => {
+                let content = self.guest.start_tracking();
+                let accessed = self.guest.accessed(&mut self.rng);
+                self.source_input(SourceInput::Accessed(accessed));
+                SourceInput::Tracking(content)
+            }
             SourceCommand::Scan => SourceInput::Dirty(self.guest.take_dirty(&mut self.rng)),
             SourceCommand::Freeze => SourceInput::Frozen,
             SourceCommand::SaveState => SourceInput::StateSaved {

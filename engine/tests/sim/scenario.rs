@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use hybridmig_engine::blocks::RegionId;
 use hybridmig_netem::DirectionSpec;
 use hybridmig_netem::model::Path;
 use hybridmig_netem::spec::{Chance, Loss};
@@ -38,9 +39,11 @@ pub struct Scenario {
     pub mode: Mode,
     pub mem_frac: Option<f64>,
     pub max_downtime: Option<Duration>,
-    /// Blocks per region.
+    pub disk_frac: Option<f64>,
+    /// Blocks per region, memory before disks.
     pub regions: Vec<u32>,
-    pub block_bytes: u64,
+    /// How many of the regions are memory.
+    pub memory_regions: usize,
     /// Bytes per second.
     pub bandwidth: u64,
     pub delay: Duration,
@@ -77,9 +80,12 @@ impl Scenario {
         let mut rng = SmallRng::seed_from_u64(seed);
         let modes = [Mode::Hybrid, Mode::Hybrid, Mode::Precopy, Mode::Postcopy];
         let mode = mode.unwrap_or_else(|| modes[rng.random_range(0..modes.len())]);
-        let regions = (0..rng.random_range(1..=3))
+        let memory_regions = rng.random_range(1..=3);
+        let mut regions: Vec<u32> = (0..memory_regions)
             .map(|_| rng.random_range(32..=256))
             .collect();
+        let disks = rng.random_range(0..=2);
+        regions.extend((0..disks).map(|_| rng.random_range(8..=64)));
         let delay = Duration::from_micros(rng.random_range(200..40_000));
         let mut scenario = Self {
             seed,
@@ -87,11 +93,14 @@ impl Scenario {
             mem_frac: rng
                 .random_bool(0.3)
                 .then(|| [0.0, 0.3, 0.8, 1.0][rng.random_range(0..4)]),
+            disk_frac: rng
+                .random_bool(0.4)
+                .then(|| [0.0, 0.3, 0.8, 1.0][rng.random_range(0..4)]),
+            memory_regions,
             max_downtime: rng
                 .random_bool(0.2)
                 .then(|| Duration::from_millis(rng.random_range(100..3000))),
             regions,
-            block_bytes: 4096,
             bandwidth: (150_000.0 * 130f64.powf(rng.random_range(0.0..1.0))) as u64,
             delay,
             jitter: delay.mul_f64(rng.random_range(0.0..0.3)),
@@ -124,6 +133,15 @@ impl Scenario {
             },
         };
         (scenario, rng)
+    }
+
+    pub fn is_disk(&self, region: RegionId) -> bool {
+        usize::from(region.0) >= self.memory_regions
+    }
+
+    /// Length of the region's blocks.
+    pub fn block_bytes(&self, region: RegionId) -> u32 {
+        if self.is_disk(region) { 16_384 } else { 4096 }
     }
 
     /// One direction of the link.

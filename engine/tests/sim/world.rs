@@ -19,7 +19,7 @@ use hybridmig_transport::message::{
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::guest::{Block, Guest};
+use super::guest::{Access, Block, Guest};
 use super::net::{Batch, Direction, Item};
 use super::scenario::{End, Scenario};
 use super::verdict;
@@ -133,17 +133,30 @@ impl World {
     pub fn new(scenario: Scenario) -> Self {
         let mut rng = SmallRng::seed_from_u64(scenario.seed ^ 0x5eed);
         let directions = [0, 1].map(|way| scenario.direction(way));
-        let guest = Guest::new(&scenario.regions, scenario.vcpus, &mut rng);
+        let guest = Guest::new(
+            &scenario.regions,
+            scenario.memory_regions,
+            scenario.vcpus,
+            &mut rng,
+        );
         let regions: Vec<RegionInfo> = scenario
             .regions
             .iter()
             .enumerate()
-            .map(|(id, blocks)| RegionInfo {
-                id: RegionId(id as u16),
-                kind: RegionKind::Memory,
-                name: format!("region{id}"),
-                blocks: *blocks,
-                block_size: 4096,
+            .map(|(id, blocks)| {
+                let id = RegionId(id as u16);
+                let kind = if scenario.is_disk(id) {
+                    RegionKind::Disk
+                } else {
+                    RegionKind::Memory
+                };
+                RegionInfo {
+                    id,
+                    kind,
+                    name: id.to_string(),
+                    blocks: *blocks,
+                    block_size: scenario.block_bytes(id),
+                }
             })
             .collect();
         let description = GuestDescription {
@@ -153,10 +166,11 @@ impl World {
         };
         let mut config = SourceConfig::new(SessionId([7; 8]), scenario.mode);
         config.mem_frac = scenario.mem_frac;
+        config.disk_frac = scenario.disk_frac;
         config.max_downtime = scenario.max_downtime;
         config.target_downtime = Duration::from_millis([5, 90, 300][rng.random_range(0..3)]);
         config.patience = PATIENCE;
-        config.chunk_blocks = [1, 8, 64][rng.random_range(0..3)];
+        config.chunk_pages = [1, 8, 64][rng.random_range(0..3)];
         config.prefetch = [0, 4, 24][rng.random_range(0..3)];
         config.min_in_flight = [40_000, 2 << 20][rng.random_range(0..2)];
         config.min_round = Duration::from_millis(10);
@@ -434,17 +448,16 @@ impl World {
 
     fn tick(&mut self) {
         self.ticking = false;
-        if let Some((region, block)) = self.guest.access(self.scenario.writes, &mut self.rng) {
-            self.destination_input(DestinationInput::Fault { region, block });
+        match self.guest.access(self.scenario.writes, &mut self.rng) {
+            Access::Done => {}
+            Access::Faulted((region, block)) => {
+                self.destination_input(DestinationInput::Fault { region, block });
+            }
+            Access::Overwritten(block) => self.not_needed(block),
         }
         if self.guest.destination_runs && self.rng.random_bool(0.002) {
-            let (region, block) = self.guest.remove(&mut self.rng);
-            if let Some(ledger) = &mut self.ledger {
-                ledger.removed(region, block, 1);
-            }
-            let removed: Blocks =
-                std::iter::once((region, [block].into_iter().collect())).collect();
-            self.destination_input(DestinationInput::Removed(removed));
+            let block = self.guest.remove(&mut self.rng);
+            self.not_needed(block);
         }
         if self.guest.active() {
             self.ticking = true;
@@ -453,6 +466,14 @@ impl World {
             let wait = self.scenario.access.as_micros() as u64 * slow;
             self.after_us(wait / 2, wait * 3 / 2, Event::Tick);
         }
+    }
+
+    fn not_needed(&mut self, (region, block): Block) {
+        if let Some(ledger) = &mut self.ledger {
+            ledger.removed(region, block, 1);
+        }
+        let removed: Blocks = std::iter::once((region, [block].into_iter().collect())).collect();
+        self.destination_input(DestinationInput::Removed(removed));
     }
 
     // The link.
@@ -630,7 +651,8 @@ impl World {
         match chunk.body {
             ChunkBody::Blocks { region, blocks: of } => {
                 let share = self.rng.random_range(0.1..1.0);
-                bytes += (of.len() as f64 * share * self.scenario.block_bytes as f64) as u64;
+                let size = self.scenario.block_bytes(region);
+                bytes += (of.len() as f64 * share * f64::from(size)) as u64;
                 for block in of {
                     let content = self.guest.source.read((region, block));
                     blocks.push(((region, block), content));

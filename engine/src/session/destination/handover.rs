@@ -35,7 +35,7 @@ impl DestinationMachine {
         self.armed = true;
         missing.subtract(&std::mem::take(&mut self.gone_early));
         self.missing = missing;
-        self.waiting = intersection(&self.waiting, &self.missing);
+        self.waiting = self.waiting.intersection(&self.missing);
         self.timings.discard_us = self.step(now);
         let Some(handover) = self.handover else {
             return;
@@ -214,12 +214,6 @@ impl DestinationMachine {
             self.finish(decline.outcome);
         }
     }
-}
-
-fn intersection(one: &Blocks, other: &Blocks) -> Blocks {
-    one.iter()
-        .filter_map(|(region, set)| Some((region, set & other.get(region)?)))
-        .collect()
 }
 
 fn micros(from: Duration, to: Duration) -> u64 {

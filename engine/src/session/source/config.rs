@@ -13,8 +13,10 @@ pub struct SourceConfig {
     pub session: SessionId,
     /// How the phases are used.
     pub mode: Mode,
-    /// Share of the populated blocks to move before the guest resumes (hybrid mode), 0 to 1.
+    /// Share of the memory that has content to move before the guest resumes (hybrid mode), 0 to 1.
     pub mem_frac: Option<f64>,
+    /// The same of the disks.
+    pub disk_frac: Option<f64>,
     /// Downtime never to exceed knowingly.
     pub max_downtime: Option<Duration>,
     /// Downtime to aim at.
@@ -23,9 +25,10 @@ pub struct SourceConfig {
     pub max_rounds: u32,
     /// How long to wait for the other side before the session ends without it.
     pub patience: Duration,
-    /// Blocks per chunk.
-    pub chunk_blocks: usize,
-    /// Blocks fetched around a fault, beside the one asked for.
+    /// Pages of 4 KiB per chunk; a larger block goes by itself.
+    pub chunk_pages: usize,
+    /// Blocks of memory fetched around a fault, beside the one asked for; 0 turns the reading ahead on
+    /// disks off, too.
     pub prefetch: u32,
     /// Least bound on the bytes in flight on the bulk lane.
     pub min_in_flight: u64,
@@ -48,11 +51,12 @@ impl SourceConfig {
             session,
             mode,
             mem_frac: None,
+            disk_frac: None,
             max_downtime: None,
             target_downtime: Duration::from_millis(300),
             max_rounds: 30,
             patience: Duration::from_secs(600),
-            chunk_blocks: 64,
+            chunk_pages: 64,
             prefetch: 24,
             min_in_flight: 2 << 20,
             max_in_flight: 256 << 20,

@@ -19,13 +19,19 @@ impl SourceMachine {
     ) -> Chunk {
         let batch = self.next_batch;
         self.next_batch += 1;
+        let (pages_per_block, disk) = match &body {
+            ChunkBody::Blocks { region, .. } => (
+                self.shapes.pages_per_block(*region),
+                self.shapes.is_disk(*region),
+            ),
+            ChunkBody::State { .. } => (1, false),
+        };
         let (blocks, bytes) = match &body {
             ChunkBody::Blocks { blocks, .. } => {
                 let blocks = blocks.len() as u64;
-                (
-                    blocks,
-                    (blocks as f64 * self.estimator.bytes_per_block()) as u64,
-                )
+                let pages = blocks * pages_per_block;
+                let bytes = pages as f64 * self.estimator.bytes_per_page();
+                (blocks, bytes as u64)
             }
             ChunkBody::State { len, .. } => (0, u64::from(*len)),
         };
@@ -39,8 +45,13 @@ impl SourceMachine {
         let span = numbers.fold((u32::MAX, 0), |(first, last), block| {
             (first.min(*block), last.max(*block))
         });
-        self.figures.count(kind).blocks += blocks;
-        self.figures.count(kind).chunks += 1;
+        let count = self.figures.count(kind);
+        count.blocks += blocks;
+        count.pages += blocks * pages_per_block;
+        count.chunks += 1;
+        if disk {
+            count.disk_blocks += blocks;
+        }
         self.in_flight_bytes += bytes;
         self.flights.insert(
             batch,
@@ -49,7 +60,8 @@ impl SourceMachine {
                 sent: false,
                 applied: false,
                 kind,
-                blocks,
+                pages: blocks * pages_per_block,
+                disk,
                 contents,
                 span,
                 arrival: Duration::ZERO,
@@ -116,15 +128,19 @@ impl SourceMachine {
         if std::mem::replace(&mut flight.sent, true) {
             return;
         }
-        let (kind, blocks) = (flight.kind, flight.blocks);
+        let (kind, pages, disk) = (flight.kind, flight.pages, flight.disk);
         if flight.applied {
             self.flights.remove(&batch);
         } else {
             self.in_flight_bytes = self.in_flight_bytes - flight.bytes + bytes;
             flight.bytes = bytes;
         }
-        self.figures.count(kind).bytes += bytes;
-        self.estimator.sent(blocks, bytes);
+        let count = self.figures.count(kind);
+        count.bytes += bytes;
+        if disk {
+            count.disk_bytes += bytes;
+        }
+        self.estimator.sent(pages, bytes);
     }
 
     /// The bound on the bulk lane, so that a freeze never waits behind a deep queue and the pipe
@@ -166,7 +182,7 @@ impl SourceMachine {
             }
         }
         for (region, block) in rejected {
-            if let Err(what) = pieces::check(&self.regions, *region, Some(*block)) {
+            if let Err(what) = pieces::check(self.shapes.infos(), *region, Some(*block)) {
                 self.violation(&what);
                 return;
             }

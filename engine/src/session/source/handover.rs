@@ -6,7 +6,7 @@ use hybridmig_transport::message::{Message, Mode, Standing};
 
 use super::{ChunkBody, ChunkKind, Lane, Link, RegionId, STATE_PIECE, SourceMachine, State};
 use crate::blocks::Blocks;
-use crate::plan::{self, FreezeSplit, PushOrder};
+use crate::plan::{self, FreezeSplit, PushOrder, Rest};
 use crate::session::io::{Chunk, Refer, SourceCommand, SourceOutcome, SourceRecord};
 use crate::session::pieces;
 
@@ -14,19 +14,23 @@ impl SourceMachine {
     /// The guest stands still and this is all it has written since the last round.
     pub(super) fn frozen_rest(&mut self, now: Duration, dirty: Blocks) {
         self.figures.milestones.scanned = Some(now);
-        let mut rest = std::mem::take(&mut self.pending);
-        rest.union_with(&dirty);
-        rest.union_with(&std::mem::take(&mut self.resend));
-        rest.union_with(&std::mem::take(&mut self.unsent));
+        let unsent = std::mem::take(&mut self.unsent);
+        let mut stale = std::mem::take(&mut self.pending);
+        stale.union_with(&dirty);
+        stale.union_with(&std::mem::take(&mut self.resend));
+        // What was never sent is not stale by having been written.
+        stale.subtract(&unsent);
+        let rest = Rest { stale, unsent };
         let FreezeSplit { freeze, behind } = plan::split_at_freeze(
             &self.config.limits(),
-            self.share(),
+            self.shares(),
             rest,
             &self.heat,
             self.estimator.rtt(),
-            self.estimator.blocks_per_second(),
+            self.estimator.pages_per_second(),
         );
         self.figures.freeze_set = freeze.len();
+        self.figures.freeze_set_disk = self.shapes.on_disks(&freeze);
         self.freeze_pending = freeze;
         self.leave_behind(&behind);
         self.enter(State::Saving);
@@ -40,6 +44,7 @@ impl SourceMachine {
         }
         self.behind.union_with(blocks);
         self.figures.behind = self.behind.len();
+        self.figures.behind_disk = self.shapes.on_disks(&self.behind);
     }
 
     pub(super) fn state_saved(&mut self, now: Duration, len: u64, hash: [u8; 32]) {
@@ -82,12 +87,12 @@ impl SourceMachine {
         if !frozen || self.flights.len() >= 4 * super::MAX_FLIGHTS {
             return None;
         }
-        let limit = self.config.chunk_blocks.max(1);
-        if let Some((region, blocks)) = self.resend.pop_front(limit) {
+        let pages = self.config.chunk_pages;
+        if let Some((region, blocks)) = self.shapes.pop(&mut self.resend, pages) {
             let body = ChunkBody::Blocks { region, blocks };
             return Some(self.chunk(Lane::Freeze, ChunkKind::Resend, body, Refer::Nothing));
         }
-        if let Some((region, blocks)) = self.freeze_pending.pop_front(limit) {
+        if let Some((region, blocks)) = self.shapes.pop(&mut self.freeze_pending, pages) {
             let body = ChunkBody::Blocks { region, blocks };
             return Some(self.chunk(Lane::Freeze, ChunkKind::Freeze, body, Refer::Itself));
         }
@@ -234,7 +239,8 @@ impl SourceMachine {
             self.violation(&format!("a fetch of {} blocks at once", blocks.len()));
             return;
         }
-        if let Err(what) = pieces::check(&self.regions, region, blocks.iter().copied().max()) {
+        if let Err(what) = pieces::check(self.shapes.infos(), region, blocks.iter().copied().max())
+        {
             self.violation(&what);
             return;
         }

@@ -108,6 +108,7 @@ impl SourceMachine {
             }
         }
         self.urgent.clear();
+        self.urgent_disks.clear();
         self.urgent_set = Blocks::new();
         self.prefetch.clear();
         if !self.before_offer() {

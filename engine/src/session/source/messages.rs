@@ -194,7 +194,7 @@ impl SourceMachine {
             self.violation("missing blocks that no status announced");
             return;
         };
-        if let Err(what) = pieces::check(&self.regions, region, blocks.max()) {
+        if let Err(what) = pieces::check(self.shapes.infos(), region, blocks.max()) {
             self.violation(&what);
             return;
         }

@@ -14,6 +14,7 @@ mod on_the_way;
 mod postcopy;
 mod precopy;
 mod progress;
+mod readahead;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -24,6 +25,7 @@ use hybridmig_transport::message::{
 
 pub use config::SourceConfig;
 pub use progress::{PhaseCount, RoundReport, SourceFigures, SourceMilestones, SourceProgress};
+use readahead::Readahead;
 
 use super::io::{
     Chunk, ChunkBody, Lane, Phase, SourceCommand, SourceInput, SourceOutcome, SourceRecord,
@@ -31,6 +33,7 @@ use super::io::{
 use super::rate::Estimator;
 use crate::blocks::{Blocks, RegionId};
 use crate::plan::{Decider, Heat, PushOrder};
+use crate::regions::Regions;
 
 /// Where the session stands. Every state names what it waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,8 +117,9 @@ struct Flight {
     sent: bool,
     applied: bool,
     kind: ChunkKind,
-    /// Number of blocks.
-    blocks: u64,
+    /// Pages of contents, and whether they are a disk's.
+    pages: u64,
+    disk: bool,
     /// Blocks that must come again if the link is lost: of chunks after the freeze only.
     contents: Option<(RegionId, Vec<u32>)>,
     /// The first and the last of these.
@@ -148,7 +152,7 @@ const MAX_PREFETCH: usize = 64;
 pub struct SourceMachine {
     config: SourceConfig,
     guest: GuestDescription,
-    regions: Vec<RegionInfo>,
+    shapes: Regions,
     state: State,
     link: Link,
     commands: VecDeque<SourceCommand>,
@@ -198,8 +202,11 @@ pub struct SourceMachine {
     // Post-copy.
     order: PushOrder,
     urgent: VecDeque<(RegionId, u32)>,
+    /// The same of disks, which wait behind memory.
+    urgent_disks: VecDeque<(RegionId, u32)>,
     urgent_set: Blocks,
     prefetch: VecDeque<(RegionId, u32, u32)>,
+    readahead: Readahead,
     missing: Blocks,
     resumed_standing: Option<hybridmig_transport::message::Standing>,
 
@@ -225,7 +232,7 @@ impl SourceMachine {
             decider: Decider::new(config.limits()),
             config,
             guest,
-            regions,
+            shapes: Regions::new(regions),
             state: State::Idle,
             link: Link::Down,
             commands: VecDeque::new(),
@@ -255,8 +262,10 @@ impl SourceMachine {
             behind_pieces: 0,
             order: PushOrder::default(),
             urgent: VecDeque::new(),
+            urgent_disks: VecDeque::new(),
             urgent_set: Blocks::new(),
             prefetch: VecDeque::new(),
+            readahead: Readahead::default(),
             missing: Blocks::new(),
             resumed_standing: None,
             figures: SourceFigures::default(),
@@ -274,6 +283,7 @@ impl SourceMachine {
             SourceInput::Connected => self.connected(now),
             SourceInput::Disconnected { reason } => self.disconnected(now, &reason),
             SourceInput::Message(message) => self.message(now, message),
+            SourceInput::Accessed(blocks) => self.accessed(&blocks),
             SourceInput::Tracking(populated) => {
                 if self.answered(Awaited::StartTracking) && self.state == State::StartTracking {
                     self.tracking(now, populated);
@@ -537,7 +547,7 @@ impl SourceMachine {
     fn offer(&self) -> Offer {
         Offer {
             guest: self.guest.clone(),
-            regions: self.regions.clone(),
+            regions: self.shapes.infos().to_vec(),
             mode: self.config.mode,
             check_only: self.config.check_only,
         }

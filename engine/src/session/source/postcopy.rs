@@ -21,22 +21,36 @@ impl SourceMachine {
     /// packet. Around it, the rest follows on the freeze lane.
     pub(super) fn requested(&mut self, now: Duration, region: RegionId, block: u32) {
         self.figures.faults += 1;
+        if self.shapes.is_disk(region) {
+            self.figures.faults_disk += 1;
+        }
         let left = self.remaining.remove(region, block);
         if !left && self.comes_anyway(now, region, block) {
             self.figures.faults_on_the_way += 1;
         } else if self.urgent_set.insert(region, block) {
-            self.urgent.push_back((region, block));
+            if self.shapes.is_disk(region) {
+                self.urgent_disks.push_back((region, block));
+            } else {
+                self.urgent.push_back((region, block));
+            }
         }
         self.order.faulted(region, block);
-        if self.config.prefetch > 0 {
-            if self.prefetch.len() == MAX_PREFETCH {
-                self.prefetch.pop_front();
-            }
-            // Mostly ahead: guests walk upwards more often than down.
-            let first = block.saturating_sub(self.config.prefetch / 4);
-            let last = block.saturating_add(self.config.prefetch - self.config.prefetch / 4);
-            self.prefetch.push_back((region, first, last));
+        if self.config.prefetch == 0 {
+            return;
         }
+        let (first, last) = if self.shapes.is_disk(region) {
+            self.readahead.after(region, block)
+        } else {
+            // Mostly ahead: guests walk upwards more often than down.
+            (
+                block.saturating_sub(self.config.prefetch / 4),
+                block.saturating_add(self.config.prefetch - self.config.prefetch / 4),
+            )
+        };
+        if self.prefetch.len() == MAX_PREFETCH {
+            self.prefetch.pop_front();
+        }
+        self.prefetch.push_back((region, first, last));
     }
 
     /// One block: it is as long as a few packets, and each block more would keep the guest waiting for
@@ -45,7 +59,8 @@ impl SourceMachine {
         if self.flights.len() >= 8 * super::MAX_FLIGHTS {
             return None;
         }
-        let (region, block) = self.urgent.pop_front()?;
+        let next = self.urgent.pop_front();
+        let (region, block) = next.or_else(|| self.urgent_disks.pop_front())?;
         self.urgent_set.remove(region, block);
         let blocks = vec![block];
         let body = ChunkBody::Blocks { region, blocks };
@@ -53,10 +68,14 @@ impl SourceMachine {
     }
 
     pub(super) fn prefetch_chunk(&mut self) -> Option<Chunk> {
-        while let Some((region, first, last)) = self.prefetch.pop_front() {
-            let limit = self.config.chunk_blocks.max(1);
+        while let Some((region, first, last)) = self.next_prefetch() {
+            let limit = self.shapes.chunk(region, self.config.chunk_pages);
             let blocks = plan::take_range(&mut self.remaining, region, first, last, limit);
             if !blocks.is_empty() {
+                if blocks.len() == limit {
+                    // There may be more of it.
+                    self.prefetch.push_front((region, first, last));
+                }
                 let body = ChunkBody::Blocks { region, blocks };
                 return Some(self.chunk(Lane::Freeze, ChunkKind::Prefetch, body, Refer::Nothing));
             }
@@ -64,10 +83,17 @@ impl SourceMachine {
         None
     }
 
+    /// The next neighbourhood: memory before disks.
+    fn next_prefetch(&mut self) -> Option<(RegionId, u32, u32)> {
+        let memory = |(region, ..): &(RegionId, u32, u32)| !self.shapes.is_disk(*region);
+        let next = self.prefetch.iter().position(memory).unwrap_or(0);
+        self.prefetch.remove(next)
+    }
+
     /// References are off: the running guest changes the copies that they would refer to.
     pub(super) fn push_chunk(&mut self) -> Option<Chunk> {
-        let limit = self.config.chunk_blocks.max(1);
-        let (region, blocks) = self.order.next(&mut self.remaining, limit)?;
+        let pages = self.config.chunk_pages;
+        let (region, blocks) = self.order.next(&mut self.remaining, pages)?;
         let body = ChunkBody::Blocks { region, blocks };
         Some(self.chunk(Lane::Bulk, ChunkKind::Push, body, Refer::Nothing))
     }

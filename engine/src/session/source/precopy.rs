@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use super::{ChunkBody, ChunkKind, Lane, RoundReport, RoundStart, SourceMachine, State};
 use crate::blocks::Blocks;
-use crate::plan::{RoundFigures, Share, Verdict};
+use crate::plan::{self, RoundFigures, Share, Shares, Verdict};
 use crate::session::io::{Chunk, Refer, SourceOutcome};
-use hybridmig_transport::message::Mode;
+use hybridmig_transport::message::{Mode, RegionKind};
 
 impl SourceMachine {
     /// Tracking is on: `populated` has content.
@@ -14,11 +14,11 @@ impl SourceMachine {
         self.heard = now;
         self.figures.milestones.tracking = Some(now);
         self.figures.populated = populated.len();
+        self.figures.populated_disk = self.shapes.on_disks(&populated);
         self.populated = populated;
         self.last_scan = now;
         self.round_began = RoundStart {
             at: now,
-            rest: self.populated.len(),
             ..RoundStart::default()
         };
         if self.config.mode == Mode::Postcopy {
@@ -27,29 +27,43 @@ impl SourceMachine {
             return;
         }
         self.pending = self.populated.clone();
-        if let Some(share) = self.share() {
-            // Which blocks are hot is not known yet, so the share is simply the lowest blocks.
-            let mut first = Blocks::new();
-            let mut wanted = share.blocks();
-            for (region, block) in self.pending.iter_blocks() {
-                if wanted == 0 {
-                    break;
-                }
-                wanted -= 1;
-                first.insert(region, block);
+        if self.config.mode == Mode::Hybrid {
+            let shares = self.shares();
+            let mut first = self.shapes.of_kind(&self.pending, RegionKind::Memory);
+            if let Some(share) = shares.memory {
+                // Which pages are hot is not known yet, so the share is simply the lowest.
+                first = self.heat.hottest(&first, share.pages());
             }
+            first.union_with(&plan::disk_share(shares.disks, &self.pending, &self.heat));
             self.unsent = std::mem::replace(&mut self.pending, first);
             self.unsent.subtract(&self.pending);
         }
+        self.round_began.rest = self.shapes.pages(&self.pending);
         self.enter(State::Round);
     }
 
-    pub(super) fn share(&self) -> Option<Share> {
-        let fraction = self.config.mem_frac?;
-        (self.config.mode == Mode::Hybrid).then(|| Share {
-            fraction,
-            populated: self.populated.len(),
-        })
+    /// The operator's shares, which are of use in hybrid mode only.
+    pub(super) fn shares(&self) -> Shares {
+        if self.config.mode != Mode::Hybrid {
+            return Shares::default();
+        }
+        let share = |fraction: Option<f64>, kind| {
+            fraction.map(|fraction| Share {
+                fraction,
+                populated: self
+                    .shapes
+                    .pages(&self.shapes.of_kind(&self.populated, kind)),
+            })
+        };
+        Shares {
+            memory: share(self.config.mem_frac, RegionKind::Memory),
+            disks: share(self.config.disk_frac, RegionKind::Disk),
+        }
+    }
+
+    /// The guest has read or written these lately, as far as it can tell. What exists only counts.
+    pub(super) fn accessed(&mut self, blocks: &Blocks) {
+        self.heat.accessed(blocks);
     }
 
     pub(super) fn next_scan(&self) -> Duration {
@@ -91,16 +105,17 @@ impl SourceMachine {
             dirty_after: dirty_count,
             seconds: now.saturating_sub(began.at).as_secs_f64(),
         });
-        let rest = self.pending.len() + self.resend.len();
+        let rest = self.shapes.pages(&self.pending) + self.shapes.pages(&self.resend);
+        let seconds = interval.as_secs_f64().max(1e-3);
+        self.figures.dirty_rate = dirty_count as f64 / seconds;
         let figures = RoundFigures {
             round: self.figures.rounds.len() as u32,
             rest,
             rest_before: began.rest,
-            dirty_rate: dirty_count as f64 / interval.as_secs_f64().max(1e-3),
-            send_rate: self.estimator.blocks_per_second(),
+            dirty_rate: self.shapes.pages(&dirty) as f64 / seconds,
+            send_rate: self.estimator.pages_per_second(),
             rtt: self.estimator.rtt(),
         };
-        self.figures.dirty_rate = figures.dirty_rate;
         self.round_began = RoundStart {
             at: now,
             rest,
@@ -122,15 +137,16 @@ impl SourceMachine {
         }
         match self.state {
             State::Round => {
-                let limit = self.config.chunk_blocks.max(1);
-                if let Some((region, blocks)) = self.resend.pop_front(limit) {
+                let pages = self.config.chunk_pages;
+                if let Some((region, blocks)) = self.shapes.pop(&mut self.resend, pages) {
                     for block in &blocks {
                         self.pending.remove(region, *block);
                     }
                     let body = ChunkBody::Blocks { region, blocks };
                     return Some(self.chunk(Lane::Bulk, ChunkKind::Resend, body, Refer::Nothing));
                 }
-                let (region, blocks) = self.pending.pop_front(limit)?;
+                // Disks first: they change more slowly than memory.
+                let (region, blocks) = self.shapes.pop_disks_first(&mut self.pending, pages)?;
                 let body = ChunkBody::Blocks { region, blocks };
                 Some(self.chunk(Lane::Bulk, ChunkKind::PreCopy, body, Refer::Anything))
             }

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use hybridmig_transport::message::{DestinationSummary, ResumeTimings};
+use hybridmig_transport::message::{DestinationSummary, RegionKind, ResumeTimings};
 use serde::Serialize;
 
 use super::{ChunkKind, SourceMachine, State};
+use crate::blocks::Blocks;
+use crate::report::{Kind, Kinds};
 use crate::session::io::{LinkFigures, Phase};
 
 /// Chunks handed out for one purpose.
@@ -13,10 +15,16 @@ use crate::session::io::{LinkFigures, Phase};
 pub struct PhaseCount {
     /// Blocks.
     pub blocks: u64,
+    /// Pages of 4 KiB that these blocks are long.
+    pub pages: u64,
     /// Bytes on the wire, without QUIC's overhead.
     pub bytes: u64,
     /// Chunks.
     pub chunks: u64,
+    /// Of the blocks: those of disks.
+    pub disk_blocks: u64,
+    /// Of the bytes: those of disks.
+    pub disk_bytes: u64,
 }
 
 /// One pre-copy round.
@@ -67,10 +75,16 @@ pub struct SourceFigures {
     pub rounds: Vec<RoundReport>,
     /// Blocks that had content when tracking began.
     pub populated: u64,
+    /// Of these: those of disks.
+    pub populated_disk: u64,
     /// Blocks chosen to move in the freeze.
     pub freeze_set: u64,
+    /// Of these: those of disks.
+    pub freeze_set_disk: u64,
     /// Blocks that stayed behind.
     pub behind: u64,
+    /// Of these: those of disks.
+    pub behind_disk: u64,
     /// Length of the device state in bytes.
     pub state_bytes: u64,
     /// Sent while the guest ran here.
@@ -93,6 +107,8 @@ pub struct SourceFigures {
     pub rejected: u64,
     /// Blocks that the destination asked for.
     pub faults: u64,
+    /// Of these: blocks of disks.
+    pub faults_disk: u64,
     /// Of these: blocks that were on their way already, and sooner there than an answer.
     pub faults_on_the_way: u64,
     /// Times the link came back.
@@ -133,6 +149,42 @@ impl SourceFigures {
         .sum()
     }
 
+    /// Memory and storage apart, for the report.
+    pub fn kinds(&self) -> Kinds {
+        let post = [&self.push, &self.prefetch, &self.urgent];
+        let of = |all: u64, disk: u64| (all - disk, disk);
+        let bytes = |counts: &[&PhaseCount]| {
+            let all = counts.iter().map(|count| count.bytes).sum();
+            of(all, counts.iter().map(|count| count.disk_bytes).sum())
+        };
+        let content = of(self.populated, self.populated_disk);
+        let frozen = of(self.freeze_set, self.freeze_set_disk);
+        let behind = of(self.behind, self.behind_disk);
+        let faults = of(self.faults, self.faults_disk);
+        let pre = bytes(&[&self.precopy, &self.resent]);
+        let freeze = bytes(&[&self.freeze]);
+        let post = bytes(&post);
+        let memory = Kind {
+            content_blocks: content.0,
+            freeze_set_blocks: frozen.0,
+            behind_blocks: behind.0,
+            faults: faults.0,
+            pre_copy_bytes: pre.0,
+            freeze_copy_bytes: freeze.0,
+            post_copy_bytes: post.0,
+        };
+        let storage = Kind {
+            content_blocks: content.1,
+            freeze_set_blocks: frozen.1,
+            behind_blocks: behind.1,
+            faults: faults.1,
+            pre_copy_bytes: pre.1,
+            freeze_copy_bytes: freeze.1,
+            post_copy_bytes: post.1,
+        };
+        Kinds { memory, storage }
+    }
+
     /// Blocks handed out, for whatever purpose.
     pub fn blocks(&self) -> u64 {
         self.sum(|count| count.blocks)
@@ -151,10 +203,12 @@ pub struct SourceProgress {
     pub phase: Phase,
     /// Pre-copy rounds begun.
     pub round: u32,
-    /// Blocks sent, for whatever purpose.
-    pub blocks_sent: u64,
-    /// Blocks that this phase has still to send.
-    pub blocks_remaining: u64,
+    /// Pages of 4 KiB sent, for whatever purpose.
+    pub pages_sent: u64,
+    /// Pages of 4 KiB that this phase has still to send.
+    pub pages_remaining: u64,
+    /// Of these: those of disks.
+    pub disk_pages_remaining: u64,
     /// Bytes sent.
     pub bytes_sent: u64,
     /// Bytes sent and not yet acknowledged as applied.
@@ -182,13 +236,18 @@ pub struct SourceProgress {
 impl SourceMachine {
     /// Where the session stands. How long the transport has been silent is for the driver to add.
     pub fn progress(&self, now: Duration) -> SourceProgress {
-        let remaining = match self.state {
+        let sets = match self.state {
             State::Offered | State::Accepting | State::PostCopy => {
-                self.remaining.len() + self.urgent.len() as u64 + self.resend.len()
+                [&self.remaining, &self.urgent_set, &self.resend]
             }
-            _ => self.pending.len() + self.resend.len() + self.freeze_pending.len(),
+            _ => [&self.pending, &self.freeze_pending, &self.resend],
         };
-        let eta = remaining as f64 / self.estimator.blocks_per_second();
+        let remaining: u64 = sets.iter().map(|set| self.shapes.pages(set)).sum();
+        let on_disks = |set: &&Blocks| {
+            let disks = self.shapes.of_kind(set, RegionKind::Disk);
+            self.shapes.pages(&disks)
+        };
+        let eta = remaining as f64 / self.estimator.pages_per_second();
         let milestones = &self.figures.milestones;
         SourceProgress {
             phase: self.phase(),
@@ -196,8 +255,9 @@ impl SourceMachine {
                 State::Round | State::Scanning => self.figures.rounds.len() as u32 + 1,
                 _ => self.figures.rounds.len() as u32,
             },
-            blocks_sent: self.figures.blocks(),
-            blocks_remaining: remaining,
+            pages_sent: self.figures.sum(|count| count.pages),
+            pages_remaining: remaining,
+            disk_pages_remaining: sets.iter().map(on_disks).sum(),
             bytes_sent: self.figures.bytes(),
             in_flight: self.in_flight_bytes,
             rate: self.estimator.bandwidth(),
