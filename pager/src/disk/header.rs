@@ -26,8 +26,10 @@ pub(super) type BootId = [u8; BOOT_BYTES];
 pub(super) enum Phase {
     /// Written by the migration; nothing is known to be complete.
     Filling = 1,
-    /// The map says what is missing.
+    /// The live map says what is missing.
     Armed = 2,
+    /// So does the durable one: the guest has flushed, or could have.
+    Durable = 3,
 }
 
 /// The header's contents.
@@ -85,6 +87,7 @@ impl Header {
         let phase = match number::<2>(from, 20) {
             1 => Phase::Filling,
             2 => Phase::Armed,
+            3 => Phase::Durable,
             other => return Err(format!("it is in phase {other}, which does not exist")),
         };
         let path = PATH_AT

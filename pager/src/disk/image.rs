@@ -240,17 +240,11 @@ impl DiskImage {
             .map_err(DiskError::io("reading", &self.path))
     }
 
-    /// Writes what is in the page cache to the medium, before the disk is armed: worth a call while
-    /// the guest still runs at the source, since [`Self::arm`] has to wait for it.
-    pub fn sync(&self) -> Result<()> {
-        self.file
-            .sync_data()
-            .map_err(DiskError::io("fdatasync of", &self.path))
-    }
-
     /// The blocks in `missing` are not current: they become holes and count as missing. All others
-    /// are here. Durable when it returns. No write may be under way. After an error the image is good
-    /// for nothing: nobody can tell what is current in it.
+    /// are here. No write may be under way.
+    ///
+    /// The guest stands still meanwhile, so nothing is waited for: what survives is the end of this
+    /// process, and from the guest's first flush on a loss of power, too.
     pub fn arm(&self, missing: &RoaringBitmap, faults: Arc<dyn FaultSink>) -> Result<()> {
         self.needs(FILLING, "arm")?;
         if let Some(last) = missing.max() {
@@ -275,13 +269,7 @@ impl DiskImage {
                     .map_err(DiskError::io("punching a hole into", &self.path))?;
             }
         }
-        let changed = self.map.take_changed();
-        self.sync()?;
-        self.map
-            .make_durable(&changed)
-            .map_err(DiskError::io("writing", self.map.path()))?;
-        self.map
-            .write_header(|header| header.phase = Phase::Armed)?;
+        self.map.note_phase(Phase::Armed)?;
         self.faults.get_or_init(|| faults);
         self.state.store(ARMED, Ordering::SeqCst);
         Ok(())

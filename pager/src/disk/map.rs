@@ -95,10 +95,14 @@ impl GranuleMap {
                 header.bytes
             )));
         }
-        if header.phase != Phase::Armed {
-            return Err(DiskError::NeverArmed { path: path.into() });
-        }
         let same_boot = header.boot == boot;
+        match header.phase {
+            Phase::Durable => {}
+            Phase::Armed if same_boot => {}
+            Phase::Armed | Phase::Filling => {
+                return Err(DiskError::NeverArmed { path: path.into() });
+            }
+        }
         let map = Self::new(file, path, geometry, header)?;
         map.recover(same_boot)?;
         if !same_boot {
@@ -167,12 +171,21 @@ impl GranuleMap {
 
     /// Changes the header, durably.
     pub(super) fn write_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
-        let mut header = self.header();
-        change(&mut header);
-        self.file
-            .write_all_at(&header.encode(), 0)
+        self.put_header(change)
             .and_then(|()| self.file.sync_data())
             .map_err(DiskError::io("writing the header of", &self.path))
+    }
+
+    /// Notes how far the disk has come, for the next process only.
+    pub(super) fn note_phase(&self, phase: Phase) -> Result<()> {
+        self.put_header(|header| header.phase = phase)
+            .map_err(DiskError::io("writing the header of", &self.path))
+    }
+
+    fn put_header(&self, change: impl FnOnce(&mut Header)) -> std::io::Result<()> {
+        let mut header = self.header();
+        change(&mut header);
+        self.file.write_all_at(&header.encode(), 0)
     }
 
     /// Number of missing granules.
@@ -259,16 +272,21 @@ impl GranuleMap {
         copies
     }
 
-    /// Makes copies durable. To be called when the contents that they promise are durable.
+    /// Makes copies durable. To be called when the contents that they promise are durable. From the
+    /// first time on the durable map holds.
     pub(super) fn make_durable(&self, copies: &[PageCopy]) -> std::io::Result<()> {
         for copy in copies {
             self.file
                 .write_all_at(&copy.bytes, self.durable_at(copy.page))?;
         }
-        if copies.is_empty() {
-            return Ok(());
+        if !copies.is_empty() {
+            self.file.sync_data()?;
         }
-        self.file.sync_data()
+        if self.header().phase == Phase::Armed {
+            self.put_header(|header| header.phase = Phase::Durable)?;
+            self.file.sync_data()?;
+        }
+        Ok(())
     }
 
     /// Removes the file. This value goes on in memory.

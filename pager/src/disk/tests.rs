@@ -160,3 +160,31 @@ fn arming_with_blocks_that_do_not_exist_is_refused() {
         Err(DiskError::OutOfRange { .. })
     ));
 }
+
+#[test]
+fn before_the_first_flush_the_process_may_end_but_not_the_host() {
+    let dir = tempfile::tempdir().unwrap();
+    let spare = tempfile::tempdir().unwrap();
+    let options = options(dir.path(), 16 * 65536, DiskOptions::BLOCK_SIZE);
+    let sink = || Arc::new(Notes::default());
+    let mut disk = DiskImage::create(&options).unwrap();
+    disk.write(0, &vec![1; 65536]).unwrap();
+    let missing: RoaringBitmap = [3, 4].into_iter().collect();
+    disk.arm(&missing, sink()).unwrap();
+    let boot = super::header::boot_id().unwrap();
+    let mut another = boot;
+    another[0] = another[0].wrapping_add(1);
+    let mut adopt = |boot, disk: &mut Arc<DiskImage>| {
+        // The locks go with the process that held them.
+        let other = tempfile::tempdir_in(spare.path()).unwrap();
+        *disk = DiskImage::create(&self::options(other.path(), 65536, 65536)).unwrap();
+        DiskImage::adopt_after(&options.map, sink(), boot).map(|taken| *disk = taken)
+    };
+    let error = adopt(another, &mut disk).unwrap_err();
+    assert!(matches!(error, DiskError::NeverArmed { .. }), "{error}");
+    adopt(boot, &mut disk).unwrap();
+    assert_eq!(disk.missing(), missing);
+    disk.flush().unwrap();
+    adopt(another, &mut disk).unwrap();
+    assert_eq!(disk.missing(), missing);
+}

@@ -167,6 +167,8 @@ impl Run {
         });
         let set: RoaringBitmap = missing.iter().copied().collect();
         disk.arm(&set, notes.clone()).unwrap();
+        // From the first flush on a loss of power is survived.
+        disk.flush().unwrap();
         let mut here = vec![true; BYTES.div_ceil(GRANULE)];
         for block in missing {
             here[granules_of(*block as usize)].fill(false);
