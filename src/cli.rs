@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use hybridmig_engine::driver::level::Level;
+use hybridmig_engine::guest::qemu::disk::{DiskChoice, DiskOption};
 use hybridmig_engine::guest::workload::{ContentShares, Profile};
 use hybridmig_netem::LinkSpec;
 use hybridmig_transport::identity::Fingerprint;
@@ -160,12 +161,32 @@ pub struct SourceGuestArgs {
     pub workload: Option<PathBuf>,
 }
 
+/// Which disks of a QEMU move.
+#[derive(Clone, Debug, Args)]
+pub struct DiskArgs {
+    /// What becomes of a disk, by the name that `hybridmig check` shows (or `all`): `skip` it (it lies on
+    /// storage that both hosts reach), `copy` all of it before the guest resumes, or a share of it from 0
+    /// to 1 [default: every disk moves, what was accessed lately before the guest resumes].
+    #[arg(long = "disk", value_name = "NAME=WHAT")]
+    pub disks: Vec<DiskOption>,
+}
+
+impl DiskArgs {
+    /// As one choice.
+    pub fn choice(&self) -> DiskChoice {
+        self.disks.iter().cloned().collect()
+    }
+}
+
 /// `hybridmig send`.
 #[derive(Clone, Debug, Args)]
 pub struct SendArgs {
     /// The guest to move.
     #[command(flatten)]
     pub guest: SourceGuestArgs,
+    /// Its disks.
+    #[command(flatten)]
+    pub disks: DiskArgs,
     /// Where a `hybridmig recv` waits.
     #[arg(long, value_name = "HOST:PORT")]
     pub to: String,
@@ -231,6 +252,10 @@ pub struct DestinationGuestArgs {
     /// Start an embedded guest whose control socket is this path.
     #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
     pub workload: Option<PathBuf>,
+    /// Go on for a `recv` that was killed while blocks were missing: the folder that it left in its
+    /// state directory (`hybridmig resolve` names it). Listen where it did: the source dials again.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub take_over: Option<PathBuf>,
 }
 
 /// `hybridmig recv`.
@@ -242,6 +267,9 @@ pub struct RecvArgs {
     /// UDP address to listen on.
     #[arg(long, value_name = "ADDR:PORT", default_value = "[::]:4433")]
     pub listen: SocketAddr,
+    /// Let the disks that come replace images that have contents.
+    #[arg(long)]
+    pub overwrite_disks: bool,
     /// After the last block has arrived, let the guest verify all of its contents, where it can.
     #[arg(long)]
     pub verify: bool,
@@ -262,6 +290,9 @@ pub struct CheckArgs {
     /// The guest to check.
     #[command(flatten)]
     pub guest: SourceGuestArgs,
+    /// Its disks.
+    #[command(flatten)]
+    pub disks: DiskArgs,
     /// Also ask the `hybridmig recv` that waits there.
     #[arg(long, value_name = "HOST:PORT")]
     pub to: Option<String>,

@@ -16,6 +16,7 @@
 //! - of a disk moves before the freeze, in hybrid mode, what the guest has accessed lately: a disk is
 //!   many times as large as what is used of it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use hybridmig_transport::message::{Mode, RegionInfo, RegionKind};
@@ -426,13 +427,13 @@ impl Share {
     }
 }
 
-/// The operator's shares of both kinds, where one was given.
-#[derive(Clone, Copy, Debug, Default)]
+/// The operator's shares, where any was given.
+#[derive(Clone, Debug, Default)]
 pub struct Shares {
     /// Of memory.
     pub memory: Option<Share>,
-    /// Of the disks.
-    pub disks: Option<Share>,
+    /// Of each disk.
+    pub disks: BTreeMap<RegionId, Share>,
 }
 
 /// What is not current at the freeze.
@@ -450,7 +451,7 @@ pub struct Rest {
 /// fit `max_downtime`.
 pub fn split_at_freeze(
     limits: &Limits,
-    shares: Shares,
+    shares: &Shares,
     rest: Rest,
     heat: &Heat,
     rtt: Duration,
@@ -470,27 +471,30 @@ pub fn split_at_freeze(
             let most = limits.max_downtime.map_or(u64::MAX, within);
             let mut freeze = Blocks::new();
             let mut taken = 0;
-            for (kind, share) in [
-                (RegionKind::Memory, shares.memory),
-                (RegionKind::Disk, shares.disks),
-            ] {
-                let all = heat.shapes.of_kind(&behind, kind);
-                let (among, budget) = match share {
+            let mut take = |all: Blocks, free: &Blocks, share: Option<Share>| {
+                let chosen = match share {
                     Some(share) => {
                         let moved = share.populated.saturating_sub(heat.shapes.pages(&all));
                         let needed = share.pages().saturating_sub(moved);
-                        (all, needed.min(most.saturating_sub(taken)))
+                        heat.hottest(&all, needed.min(most.saturating_sub(taken)))
                     }
-                    // What was left out of a disk is to stay behind.
-                    None if kind == RegionKind::Disk => (
-                        heat.shapes.of_kind(&stale, kind),
-                        within(target).saturating_sub(taken),
-                    ),
-                    None => (all, within(target).saturating_sub(taken)),
+                    None => heat.hottest(free, within(target).saturating_sub(taken)),
                 };
-                let chosen = heat.hottest(&among, budget);
                 taken += heat.shapes.pages(&chosen);
                 freeze.union_with(&chosen);
+            };
+            let memory = heat.shapes.of_kind(&behind, RegionKind::Memory);
+            take(memory.clone(), &memory, shares.memory);
+            for disk in heat.shapes.disks() {
+                let of = |blocks: &Blocks| -> Blocks {
+                    blocks
+                        .get(disk)
+                        .map(|set| (disk, set.clone()))
+                        .into_iter()
+                        .collect()
+                };
+                // What was left out of a disk is to stay behind, unless a share is asked for.
+                take(of(&behind), &of(&stale), shares.disks.get(&disk).copied());
             }
             freeze
         }
@@ -501,18 +505,21 @@ pub fn split_at_freeze(
 
 /// What of a disk's content moves in pre-copy, in hybrid mode: the operator's share, what was accessed
 /// lately first; without one, what was accessed lately.
-pub fn disk_share(share: Option<Share>, content: &Blocks, heat: &Heat) -> Blocks {
-    let disks = heat.shapes.of_kind(content, RegionKind::Disk);
-    match share {
-        Some(share) => heat.hottest(&disks, share.pages()),
-        None => disks
-            .iter_blocks()
-            .filter(|(region, block)| heat.of(*region, *block) > 0)
-            .fold(Blocks::new(), |mut warm, (region, block)| {
-                warm.insert(region, block);
-                warm
-            }),
+pub fn disk_share(shares: &Shares, content: &Blocks, heat: &Heat) -> Blocks {
+    let mut chosen = Blocks::new();
+    for disk in heat.shapes.disks() {
+        let Some(set) = content.get(disk) else {
+            continue;
+        };
+        if let Some(share) = shares.disks.get(&disk) {
+            let all = std::iter::once((disk, set.clone())).collect();
+            chosen.union_with(&heat.hottest(&all, share.pages()));
+        } else {
+            let warm = set.iter().filter(|block| heat.of(disk, *block) > 0);
+            chosen.entry(disk).extend(warm);
+        }
     }
+    chosen
 }
 
 #[cfg(test)]

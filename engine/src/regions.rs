@@ -37,6 +37,12 @@ impl Regions {
         self.kind(region) == RegionKind::Disk
     }
 
+    /// The disks.
+    pub fn disks(&self) -> impl Iterator<Item = RegionId> + '_ {
+        let disks = self.0.iter().filter(|info| info.kind == RegionKind::Disk);
+        disks.map(|info| info.id)
+    }
+
     /// Pages per block, at least one.
     pub fn pages_per_block(&self, region: RegionId) -> u64 {
         self.get(region)

@@ -61,9 +61,9 @@ pub fn run(args: CheckArgs) -> anyhow::Result<ExitCode> {
 
 fn local(args: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
     if let Some(socket) = &args.guest.qmp {
-        return Ok(inspect(socket, Side::Source)?.findings);
+        return Ok(inspect(socket, Side::Source, &args.disks.choice())?.findings);
     }
-    let guest = open(&args.guest)?;
+    let guest = open(&args.guest, args.disks.choice())?;
     let facts = guest.describe();
     let text = format!(
         "{} guest {} answers on its control socket",
@@ -78,7 +78,7 @@ fn local(args: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
 /// Asks the destination, in its own words.
 fn remote(args: &CheckArgs, to: &str) -> anyhow::Result<Vec<Finding>> {
     let (identity, trust) = identity_and_trust(&args.trust)?;
-    let guest = open(&args.guest)?;
+    let guest = open(&args.guest, args.disks.choice())?;
     let config = SourceConfig {
         check_only: true,
         ..SourceConfig::new(new_session()?, Mode::Hybrid)

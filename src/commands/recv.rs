@@ -1,25 +1,28 @@
 //! `hybridmig recv`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
+use hybridmig_engine::blocks::Blocks;
 use hybridmig_engine::driver::destination::{self, DestinationJob, Waiting};
-use hybridmig_engine::guest::DestinationGuest;
+use hybridmig_engine::driver::take_over::{self, TakeOverJob, TakenOver};
 use hybridmig_engine::guest::qemu::{QemuDestination, QemuDestinationOptions, QemuOrigin};
 use hybridmig_engine::guest::workload::{Launch, WorkloadDestination};
+use hybridmig_engine::guest::{DestinationGuest, FaultSink, GuestResult};
 use hybridmig_engine::session::destination::DestinationConfig;
 use hybridmig_engine::session::io::DestinationOutcome;
 use hybridmig_pager::PlacerConfig;
 use hybridmig_transport::endpoint::Endpoint;
+use tempfile::TempDir;
 use tokio::sync::watch;
 
 use super::{
     ONCE_MORE, cancel_on_signals, destination_code, identity_and_trust, leave, runtime, state_dir,
     transport_config, write_report,
 };
-use crate::cli::{DestinationGuestArgs, RecvArgs};
+use crate::cli::RecvArgs;
 use crate::progress::DestinationView;
 use crate::show;
 
@@ -28,12 +31,7 @@ pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
     let (identity, trust) = identity_and_trust(&args.trust)?;
     let fingerprint = identity.fingerprint();
     let state_dir = state_dir(args.output.state_dir.as_deref())?;
-    // What another process would take the guest over by; goes away unless this one is killed.
-    let kept = tempfile::Builder::new()
-        .prefix("pager-")
-        .tempdir_in(&state_dir)
-        .with_context(|| format!("cannot write to {}", state_dir.display()))?;
-    let guest = open(&args.guest, kept.path())?;
+    let kept = Kept::new(args.guest.take_over.as_deref(), &state_dir)?;
     let config = DestinationConfig {
         patience: args.link.patience,
         linger: args.link.patience.min(DestinationConfig::default().linger),
@@ -53,26 +51,54 @@ pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
         eprintln!("listening on {address} as {fingerprint}");
         let (progress, shown) = watch::channel(Waiting::Listening);
         let view = DestinationView::start(shown, args.output.quiet);
-        let job = DestinationJob {
-            guest,
-            endpoint: endpoint.clone(),
-            config,
-            state_dir,
-            verify: args.verify,
+        let run = if args.guest.take_over.is_some() {
+            let job = TakeOverJob {
+                endpoint: endpoint.clone(),
+                config,
+                state_dir,
+                keep_in: kept.path().to_owned(),
+                verify: args.verify,
+            };
+            let run = take_over::take_over(
+                job,
+                |faults, note| adopt(&kept, faults, note),
+                cancel,
+                progress,
+            );
+            run.await.context("the guest waits as before")
+        } else {
+            let job = DestinationJob {
+                guest: open(&args, kept.path())?,
+                endpoint: endpoint.clone(),
+                config,
+                state_dir,
+                keep_in: Some(kept.path().to_owned()),
+                verify: args.verify,
+            };
+            let run = destination::run(job, cancel, progress).await;
+            run.context("no guest came")
         };
-        let run = destination::run(job, cancel, progress).await;
         view.finish().await;
         let known = matches!(&run, Ok(run) if matches!(run.outcome, DestinationOutcome::Moved));
         leave(&endpoint, known).await;
-        run.context("no guest came")
+        run
     })?;
     write_report(&run.report, &args.output)?;
     if args.output.json.as_deref() != Some(Path::new("-")) {
         print!("{}", show::destination(&run.outcome, &run.report));
     }
-    if matches!(run.outcome, DestinationOutcome::Incomplete { .. }) {
+    let done = !matches!(
+        run.outcome,
+        DestinationOutcome::Incomplete { .. } | DestinationOutcome::Failed { .. }
+    );
+    if done {
+        kept.remove()?;
+    } else if matches!(run.outcome, DestinationOutcome::Incomplete { .. }) {
         let kept = kept.keep();
-        eprintln!("{}: what a pager that takes over needs", kept.display());
+        eprintln!(
+            "the guest waits for what is missing; go on with: hybridmig recv --take-over {}",
+            kept.display()
+        );
     }
     let wrong = run
         .report
@@ -86,8 +112,66 @@ pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-fn open(args: &DestinationGuestArgs, kept: &Path) -> anyhow::Result<Arc<dyn DestinationGuest>> {
-    let origin = match (&args.qmp, &args.exec, &args.workload) {
+/// The folder of what another process would take the guest over by.
+enum Kept {
+    /// Goes away unless this process is killed.
+    Own(TempDir),
+    /// Another process has left it; goes away when nothing is missing any more.
+    Left(PathBuf),
+}
+
+impl Kept {
+    fn new(left: Option<&Path>, state_dir: &Path) -> anyhow::Result<Self> {
+        if let Some(left) = left {
+            return Ok(Self::Left(left.to_owned()));
+        }
+        let own = tempfile::Builder::new()
+            .prefix("pager-")
+            .tempdir_in(state_dir)
+            .with_context(|| format!("cannot write to {}", state_dir.display()))?;
+        Ok(Self::Own(own))
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::Own(folder) => folder.path(),
+            Self::Left(folder) => folder,
+        }
+    }
+
+    fn keep(self) -> PathBuf {
+        match self {
+            Self::Own(folder) => folder.keep(),
+            Self::Left(folder) => folder,
+        }
+    }
+
+    fn remove(self) -> anyhow::Result<()> {
+        let path = self.path().to_owned();
+        match self {
+            Self::Own(folder) => folder.close(),
+            Self::Left(folder) => std::fs::remove_dir_all(folder),
+        }
+        .with_context(|| format!("cannot remove {}", path.display()))
+    }
+}
+
+/// Replaces the pager of a guest whose process was killed.
+fn adopt(
+    kept: &Kept,
+    faults: Arc<dyn FaultSink>,
+    note: &dyn Fn(&Blocks) -> GuestResult<()>,
+) -> GuestResult<TakenOver> {
+    let (guest, missing) = QemuDestination::adopt(kept.path(), faults, note)?;
+    Ok(TakenOver {
+        guest: Arc::new(guest),
+        missing,
+    })
+}
+
+fn open(args: &RecvArgs, kept: &Path) -> anyhow::Result<Arc<dyn DestinationGuest>> {
+    let guest = &args.guest;
+    let origin = match (&guest.qmp, &guest.exec, &guest.workload) {
         (Some(qmp), _, _) => QemuOrigin::Waiting(qmp.clone()),
         (_, Some(command), _) => QemuOrigin::Exec(command.clone()),
         (_, _, Some(control)) => {
@@ -101,11 +185,14 @@ fn open(args: &DestinationGuestArgs, kept: &Path) -> anyhow::Result<Arc<dyn Dest
                 PlacerConfig::default(),
             )));
         }
-        (None, None, None) => unreachable!("clap wants one of the three"),
+        (None, None, None) => {
+            unreachable!("clap wants one of them, and one is taken over elsewhere")
+        }
     };
     let options = QemuDestinationOptions {
         origin,
         keep_in: Some(kept.to_owned()),
+        overwrite_disks: args.overwrite_disks,
     };
     Ok(Arc::new(QemuDestination::new(options)))
 }

@@ -1,11 +1,12 @@
 //! `hybridmig resolve`: what the journals of this host know of sessions, and, at the source, an
 //! operator's decision to run a frozen guest again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
+use hybridmig_engine::driver::kept::KeptSession;
 use hybridmig_engine::guest::SourceGuest;
 use hybridmig_engine::guest::qemu::{QemuSource, QemuSourceOptions};
 use hybridmig_engine::guest::workload::WorkloadSource;
@@ -103,7 +104,22 @@ fn show_destination(path: &Path, session: SessionId, always: bool) -> anyhow::Re
             Some(DestinationRecord::Complete) => "the guest is this host's, whole",
         }
     );
+    if !settled && let Some(kept) = kept_by(path, session) {
+        println!(
+            "  if its process has ended, the guest waits for what is missing; go on with: hybridmig \
+             recv --take-over {} --listen ADDR:PORT (where it listened before: the source dials again)",
+            kept.display()
+        );
+    }
     Ok(settled)
+}
+
+/// The folder beside the journal that a destination of this session has left.
+fn kept_by(journal: &Path, session: SessionId) -> Option<PathBuf> {
+    let folders = std::fs::read_dir(journal.parent()?).ok()?;
+    folders
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|folder| KeptSession::read(folder).is_ok_and(|kept| kept.session() == Ok(session)))
 }
 
 fn show_records<R: Record + std::fmt::Debug>(

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use hybridmig_engine::driver::source::{self, SourceJob};
 use hybridmig_engine::guest::SourceGuest;
+use hybridmig_engine::guest::qemu::disk::DiskChoice;
 use hybridmig_engine::guest::qemu::{QemuSource, QemuSourceOptions};
 use hybridmig_engine::guest::workload::WorkloadSource;
 use hybridmig_engine::session::io::SourceOutcome;
@@ -28,10 +29,13 @@ use crate::show;
 pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
     let (identity, trust) = identity_and_trust(&args.trust)?;
     let state_dir = state_dir(args.output.state_dir.as_deref())?;
-    let guest = open(&args.guest)?;
+    let disks = args.disks.choice();
+    let (disk_fracs, others) = disks.fractions();
+    let guest = open(&args.guest, disks)?;
     let config = SourceConfig {
         mem_frac: args.mem_frac,
-        disk_frac: args.disk_frac,
+        disk_frac: others.or(args.disk_frac),
+        disk_fracs,
         max_downtime: args.max_downtime,
         max_rounds: args.max_rounds,
         prefetch: args.prefetch,
@@ -72,11 +76,14 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// Attaches to the guest that the operator means.
-pub fn open(args: &SourceGuestArgs) -> anyhow::Result<Arc<dyn SourceGuest>> {
+pub fn open(args: &SourceGuestArgs, disks: DiskChoice) -> anyhow::Result<Arc<dyn SourceGuest>> {
     match (&args.qmp, &args.workload) {
         (Some(qmp), _) => Ok(Arc::new(QemuSource::open(
             qmp,
-            &QemuSourceOptions::default(),
+            &QemuSourceOptions {
+                disks,
+                ..QemuSourceOptions::default()
+            },
         )?)),
         (_, Some(control)) => Ok(Arc::new(WorkloadSource::attach(control)?)),
         (None, None) => unreachable!("clap wants one of the two"),

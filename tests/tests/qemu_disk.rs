@@ -325,7 +325,7 @@ fn rounds_find_every_write_and_nothing_of_ours_stays() -> Result<()> {
     copies
         .take(&source, &content)
         .with_context(|| format!("QEMU says: {:?}", vm.stderr()))?;
-    ensure!(source.cached()[0].is_empty(), "cache=none has a cache");
+    ensure!(source.accessed()[0].is_empty(), "cache=none has a cache");
     let mut rounds = 0;
     while rounds < 5 {
         let before = operations(vm.console());
@@ -431,7 +431,7 @@ fn holes_cost_nothing_and_the_page_cache_tells_what_was_used() -> Result<()> {
     eprintln!("start of a 4 GiB disk {:?}", began.elapsed());
     let first = (1024 * MIB / u64::from(BLOCK_SIZE)) as u32;
     ensure!(content[0].iter().eq([first, first + 1]), "{content:?}");
-    let cached = &source.cached()[0];
+    let cached = &source.accessed()[0];
     ensure!(
         cached.contains(first) && cached.len() < 1000,
         "{} blocks cached",

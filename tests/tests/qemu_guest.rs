@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use hybridmig_engine::blocks::{Blocks, RegionId};
+use hybridmig_engine::guest::qemu::disk::DiskChoice;
 use hybridmig_engine::guest::qemu::preflight::{Level, Side};
 use hybridmig_engine::guest::qemu::{
     QemuDestination, QemuDestinationOptions, QemuOrigin, QemuSource, QemuSourceOptions, inspect,
@@ -65,6 +66,7 @@ fn waiting(vm: &Vm, keep_in: Option<&Path>) -> QemuDestination {
     QemuDestination::new(QemuDestinationOptions {
         origin: QemuOrigin::Waiting(vm.qmp_socket().to_owned()),
         keep_in: keep_in.map(Path::to_owned),
+        overwrite_disks: false,
     })
 }
 
@@ -215,7 +217,7 @@ fn bring_the_rest(
 #[test]
 fn inspection_says_what_is_there_and_changes_nothing() -> Result<()> {
     let mut vm = Vm::boot(&small())?;
-    let inspection = inspect(vm.qmp_socket(), Side::Source)?;
+    let inspection = inspect(vm.qmp_socket(), Side::Source, &DiskChoice::default())?;
     ensure!(
         inspection.texts(Level::Refuse).is_empty(),
         "{:?}",
@@ -226,7 +228,7 @@ fn inspection_says_what_is_there_and_changes_nothing() -> Result<()> {
     ensure!(inspection.regions()[0].name == "ram");
     ensure!(!inspection.facts.kvm && inspection.facts.machine.starts_with("pc-q35-"));
     // It runs, so it is no destination.
-    let error = inspect(vm.qmp_socket(), Side::Destination)?
+    let error = inspect(vm.qmp_socket(), Side::Destination, &DiskChoice::default())?
         .require()
         .unwrap_err();
     ensure!(error.to_string().contains("-incoming defer"), "{error}");
@@ -270,7 +272,7 @@ fn private_ram_is_refused_by_name() -> Result<()> {
             .args(options);
         let _qemu = Kept::start("private", command)?;
         console::connect(&socket, PATIENCE)?;
-        let inspection = inspect(&socket, Side::Source)?;
+        let inspection = inspect(&socket, Side::Source, &DiskChoice::default())?;
         let refusals = inspection.texts(Level::Refuse).join("; ");
         ensure!(refusals.contains(expected), "{options:?}: {refusals}");
         ensure!(
@@ -387,6 +389,7 @@ fn exec_starts_a_destination_with_what_it_needs() -> Result<()> {
     let destination = QemuDestination::new(QemuDestinationOptions {
         origin: QemuOrigin::Exec(command.join(" ")),
         keep_in: None,
+        overwrite_disks: false,
     });
     let console_socket = folder.path().join("console");
     let faults = Arc::new(Faults::default());
@@ -490,6 +493,7 @@ fn helper_pager() -> Result<()> {
     let destination = QemuDestination::new(QemuDestinationOptions {
         origin: QemuOrigin::Waiting(to.into()),
         keep_in: Some(folder.into()),
+        overwrite_disks: false,
     });
     let faults = Arc::new(Faults::default());
     move_guest(&source, &destination, &faults)?;
@@ -534,8 +538,11 @@ fn a_killed_pager_is_taken_over_and_nothing_is_lost() -> Result<()> {
     // The source's side of it is gone too; its frozen RAM is not.
     let source = a.ram();
     let faults = Arc::new(Faults::default());
-    let (destination, missing) =
-        QemuDestination::adopt(folder.path(), Arc::clone(&faults) as Arc<dyn FaultSink>)?;
+    let (destination, missing) = QemuDestination::adopt(
+        folder.path(),
+        Arc::clone(&faults) as Arc<dyn FaultSink>,
+        &|_| Ok(()),
+    )?;
     ensure!(!missing.is_empty(), "nothing was missing");
     let mut page = vec![0; PAGE];
     let mut placed = BTreeSet::new();

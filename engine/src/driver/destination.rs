@@ -14,6 +14,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::destination_data::ApplyPlane;
 use super::destination_report::{Facts, build, summary};
+use super::kept::KeptSession;
 use super::sampler::{INTERVAL, Sampler};
 use super::silence::Silence;
 use super::source::{AbortOnDrop, cancelled, chain};
@@ -28,7 +29,7 @@ use crate::session::io::{
 };
 
 /// Inputs that may wait for the machine.
-const INPUTS: usize = 4096;
+pub(super) const INPUTS: usize = 4096;
 
 /// Faults given to the machine at once: as many as go in one message.
 const FAULTS: usize = 64;
@@ -49,6 +50,9 @@ pub struct DestinationJob {
     pub config: DestinationConfig,
     /// Directory of the journals.
     pub state_dir: PathBuf,
+    /// Existing folder for what another process would go on by, if this one is killed; the guest's
+    /// pager keeps its part there too.
+    pub keep_in: Option<PathBuf>,
     /// Ask the guest to verify its contents at the end.
     pub verify: bool,
 }
@@ -113,7 +117,7 @@ pub async fn run(
 }
 
 /// A link whose peer has said who it is.
-struct Arrival {
+pub(super) struct Arrival {
     link: Link,
     control: (ControlSender, ControlReceiver),
     hello: Message,
@@ -121,7 +125,7 @@ struct Arrival {
     resume: bool,
 }
 
-async fn accept(
+pub(super) async fn accept(
     endpoint: Arc<Endpoint>,
     arrivals: mpsc::Sender<Arrival>,
     progress: watch::Sender<Waiting>,
@@ -198,23 +202,75 @@ async fn serve(
     cancel: &mut watch::Receiver<Option<String>>,
     progress: &watch::Sender<Waiting>,
 ) -> Result<DestinationRun, DriverError> {
+    let (inputs, queue) = mpsc::channel(INPUTS);
+    let session = Session {
+        id: first.session,
+        machine: DestinationMachine::new(job.config.clone()),
+        plane: ApplyPlane::start(job.guest.clone(), inputs.clone())?,
+        inputs,
+        queue,
+        first: Some(first),
+        offer: None,
+        journal: None,
+    };
+    conduct(job, session, arrived, cancel, progress).await
+}
+
+/// A session about to be driven.
+pub(super) struct Session {
+    pub id: SessionId,
+    pub machine: DestinationMachine,
+    pub plane: Arc<ApplyPlane>,
+    pub inputs: mpsc::Sender<DestinationInput>,
+    pub queue: mpsc::Receiver<DestinationInput>,
+    /// The link that it begins with.
+    pub first: Option<Arrival>,
+    pub offer: Option<Offer>,
+    /// Of a session that was begun by another process.
+    pub journal: Option<Journal<DestinationRecord>>,
+}
+
+/// Drives a session to its end.
+pub(super) async fn conduct(
+    job: &Arc<DestinationJob>,
+    session: Session,
+    arrived: &mut mpsc::Receiver<Arrival>,
+    cancel: &mut watch::Receiver<Option<String>>,
+    progress: &watch::Sender<Waiting>,
+) -> Result<DestinationRun, DriverError> {
     let started = Instant::now();
     let started_unix = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0.0, |since| since.as_secs_f64());
-    let session = first.session;
-    let (inputs, mut queue) = mpsc::channel(INPUTS);
-    let machine = DestinationMachine::new(job.config.clone());
-    let plane = ApplyPlane::start(job.guest.clone(), inputs.clone())?;
+    let Session {
+        id: session,
+        machine,
+        plane,
+        inputs,
+        mut queue,
+        first,
+        offer,
+        journal,
+    } = session;
     let sampler = Arc::new(Sampler::default());
     let sampling = tokio::spawn(sample(job.guest.clone(), sampler.clone()));
     let _stop_sampling = AbortOnDrop(sampling.abort_handle());
+    let peer = first.as_ref().map_or_else(String::new, |first| {
+        let link = &first.link;
+        format!("{} ({})", link.peer_addr(), link.peer().fingerprint)
+    });
+    let context = Context {
+        session,
+        guest: "unnamed".to_owned(),
+        peer,
+        software: crate::SOFTWARE.to_owned(),
+    };
     let mut driver = Driver {
         job: job.clone(),
         session,
         started,
         machine,
-        worker: worker(job, session, &first.link, &plane, inputs.clone())?,
+        worker: worker(job, context, journal, &plane, inputs.clone())?,
         plane,
         inputs,
         tasks: None,
@@ -224,9 +280,11 @@ async fn serve(
         sampler,
         peer_software: None,
         version: None,
-        offer: None,
+        offer,
     };
-    driver.adopt(first);
+    if let Some(first) = first {
+        driver.adopt(first);
+    }
     let outcome = driver.drive(&mut queue, arrived, cancel, progress).await;
     driver.farewell(&outcome).await;
 
@@ -525,21 +583,16 @@ fn abandon(guest: Arc<dyn DestinationGuest>) -> Task {
 
 fn worker(
     job: &Arc<DestinationJob>,
-    session: SessionId,
-    link: &Link,
+    mut context: Context,
+    mut journal: Option<Journal<DestinationRecord>>,
     plane: &Arc<ApplyPlane>,
     inputs: mpsc::Sender<DestinationInput>,
 ) -> Result<Worker<Task>, DriverError> {
     let guest = job.guest.clone();
     let plane = plane.clone();
     let directory = job.state_dir.clone();
-    let mut context = Context {
-        session,
-        guest: "unnamed".to_owned(),
-        peer: format!("{} ({})", link.peer_addr(), link.peer().fingerprint),
-        software: crate::SOFTWARE.to_owned(),
-    };
-    let mut journal = None;
+    let keep_in = job.keep_in.clone();
+    let mut offered = None;
     let execute = move |task: Task| {
         let result = match task {
             Task::Abandoned(answered) => answered
@@ -555,12 +608,23 @@ fn worker(
                 }
                 DestinationCommand::Prepare(offer) => {
                     context.guest.clone_from(&offer.guest.name);
-                    plane.prepare(&offer)
+                    let prepared = plane.prepare(&offer);
+                    offered = Some(offer);
+                    prepared
                 }
                 DestinationCommand::Arm {
                     behind,
                     postcopy_pass,
-                } => plane.arm(&behind, postcopy_pass),
+                } => {
+                    let kept = match (&keep_in, offered.take()) {
+                        (Some(folder), Some(offer)) => {
+                            KeptSession::new(context.session, offer, postcopy_pass).write(folder)
+                        }
+                        _ => Ok(()),
+                    };
+                    kept.map_err(|error| chain(&error))
+                        .and_then(|()| plane.arm(&behind, postcopy_pass))
+                }
                 DestinationCommand::LoadState { len, hash } => plane.load_state(len, hash),
                 DestinationCommand::Journal(record) => {
                     write_journal(&mut journal, &directory, &context, &record)
@@ -572,7 +636,13 @@ fn worker(
                         .map(|()| DestinationInput::Resumed)
                         .map_err(|error| format!("starting the guest: {}", error.chain()))
                 }
-                DestinationCommand::Disarm => plane.disarm(),
+                DestinationCommand::Disarm => plane.disarm().inspect(|_| {
+                    if let Some(folder) = &keep_in
+                        && let Err(error) = KeptSession::remove(folder)
+                    {
+                        tracing::warn!("{}", chain(&error));
+                    }
+                }),
                 DestinationCommand::Abandon
                 | DestinationCommand::Send(_)
                 | DestinationCommand::Fetch { .. }

@@ -180,13 +180,9 @@ impl ApplyPlane {
         let missing = ledger.missing_at_handover(behind, postcopy_pass);
         let written = ledger.written();
         drop(ledger);
-        let lens: Vec<u32> = self.regions().iter().map(|region| region.blocks).collect();
         // The guest's pager keeps a durable map of its own, for whoever takes over from it.
-        let map = MissingMap::in_memory(&lens).map_err(|error| chain(&error))?;
-        for (region, set) in missing.iter() {
-            map.insert(region.0, set).map_err(|error| chain(&error))?;
-        }
-        let map = Arc::new(map);
+        let map = missing_map(self.regions())?;
+        note_missing(&map, &missing)?;
         let desk = Arc::new(FaultDesk::new(map.clone(), self.inputs.clone()));
         self.guest
             .arm(&missing, &written, desk.clone())
@@ -197,6 +193,23 @@ impl ApplyPlane {
             first_pass: postcopy_pass,
         };
         Ok(DestinationInput::Armed { missing })
+    }
+
+    /// Goes on with a guest that another process has armed.
+    pub fn take_over(
+        &self,
+        regions: Vec<RegionInfo>,
+        map: Arc<MissingMap>,
+        desk: Arc<FaultDesk>,
+        first_pass: u32,
+    ) {
+        // None of these is set in a new plane.
+        let _ = self.regions.set(regions);
+        let _ = self.desk.set(desk);
+        *self.stage.write().expect("not poisoned") = Stage::Place {
+            missing: map,
+            first_pass,
+        };
     }
 
     /// Checks the device state and loads it.
@@ -407,6 +420,22 @@ impl ApplyPlane {
         state.received += data.len() as u64;
         Ok(())
     }
+}
+
+/// A map of these regions in which nothing is missing yet.
+pub fn missing_map(regions: &[RegionInfo]) -> Result<Arc<MissingMap>, String> {
+    let lens: Vec<u32> = regions.iter().map(|region| region.blocks).collect();
+    MissingMap::in_memory(&lens)
+        .map(Arc::new)
+        .map_err(|error| chain(&error))
+}
+
+/// Notes blocks as missing.
+pub fn note_missing(map: &MissingMap, missing: &Blocks) -> Result<(), String> {
+    missing
+        .iter()
+        .try_for_each(|(region, set)| map.insert(region.0, set))
+        .map_err(|error| chain(&error))
 }
 
 /// Applies by pass, before the pager is armed.

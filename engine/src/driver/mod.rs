@@ -6,12 +6,14 @@ mod destination_data;
 mod destination_report;
 mod encoding;
 mod fault_desk;
+pub mod kept;
 pub mod level;
 mod sampler;
 mod silence;
 pub mod source;
 mod source_data;
 mod source_report;
+pub mod take_over;
 mod worker;
 
 use std::net::SocketAddr;

@@ -170,7 +170,7 @@ fn split(
             fraction,
             populated: 1000,
         }),
-        disks: None,
+        disks: BTreeMap::new(),
     };
     let rest = Rest {
         stale: rest,
@@ -178,7 +178,7 @@ fn split(
     };
     split_at_freeze(
         &limits,
-        shares,
+        &shares,
         rest,
         heat,
         Duration::from_millis(50),
@@ -236,13 +236,18 @@ fn of_a_disk_what_was_accessed_moves_first() {
     heat.accessed(&on_disk([50, 60]));
     heat.scanned(&on_disk([70]));
     let content = both(set(0..1000), &on_disk(40..80));
-    assert_eq!(disk_share(None, &content, &heat), on_disk([50, 60, 70]));
+    let default = disk_share(&Shares::default(), &content, &heat);
+    assert_eq!(default, on_disk([50, 60, 70]));
     let share = |fraction| {
         let share = Share {
             fraction,
             populated: 40 * 16,
         };
-        disk_share(Some(share), &content, &heat)
+        let shares = Shares {
+            memory: None,
+            disks: BTreeMap::from([(DISK, share)]),
+        };
+        disk_share(&shares, &content, &heat)
     };
     assert_eq!(share(0.0), Blocks::new());
     assert_eq!(share(0.05), on_disk([50, 70]), "written before read");
@@ -259,7 +264,7 @@ fn at_the_freeze_memory_goes_before_disks_and_what_was_left_out_stays() {
     };
     let split = |mode, shares, memory| {
         let rtt = Duration::from_millis(50);
-        split_at_freeze(&limits(mode), shares, rest(memory), &heat, rtt, 1000.0)
+        split_at_freeze(&limits(mode), &shares, rest(memory), &heat, rtt, 1000.0)
     };
     // 225 pages fit: 100 of memory, and 7 blocks of the disk.
     let hybrid = split(Mode::Hybrid, Shares::default(), 100);
@@ -268,20 +273,21 @@ fn at_the_freeze_memory_goes_before_disks_and_what_was_left_out_stays() {
     let full = split(Mode::Hybrid, Shares::default(), 400);
     assert_eq!(full.freeze, set(0..225));
     // All of the disk is to be there, whatever memory takes.
-    let disks = Some(Share {
+    let share = Share {
         fraction: 1.0,
         populated: 1600,
-    });
+    };
+    let disks = BTreeMap::from([(DISK, share)]);
     let shares = Shares {
         memory: None,
         disks,
     };
-    let all = split(Mode::Hybrid, shares, 400);
+    let all = split(Mode::Hybrid, shares.clone(), 400);
     assert_eq!(
         all.freeze,
         both(set(0..225), &both(on_disk(0..10), &on_disk(20..90)))
     );
-    assert!(split(Mode::Postcopy, shares, 400).freeze.is_empty());
+    assert!(split(Mode::Postcopy, shares.clone(), 400).freeze.is_empty());
     assert!(split(Mode::Precopy, shares, 400).behind.is_empty());
 }
 

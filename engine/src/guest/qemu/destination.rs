@@ -10,11 +10,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hybridmig_pager::{MissingMap, Placer, RegionMemory};
-use hybridmig_transport::message::{GuestDescription, Offer, Refusal, RefusalCode, RegionInfo};
+use hybridmig_transport::message::{
+    GuestDescription, Offer, Refusal, RefusalCode, RegionInfo, RegionKind,
+};
 
 use super::commands::{Cont, QueryStatus, Stop};
 use super::compare;
 use super::door::{self, Door};
+use super::here::DisksHere;
 use super::launch::{Launched, RamBlock, printable};
 use super::preflight::{self, Level, Side};
 use super::process::{Mapping, QemuProcess};
@@ -22,7 +25,8 @@ use super::qmp::Qmp;
 use super::record::{self, Progress, Record};
 use super::source::{connect, end, memory_of};
 use super::state;
-use crate::blocks::{Blocks, RegionId};
+use crate::blocks::{BlockSet, Blocks, RegionId};
+use crate::guest::paged_disks::PagedDisks;
 use crate::guest::{BlockedTime, DestinationGuest, FaultSink, GuestError, GuestResult};
 
 /// How long `cont` may take: QEMU's main loop may wait for a page that crosses the network.
@@ -47,6 +51,8 @@ pub struct QemuDestinationOptions {
     /// Existing folder to keep what another process needs to take over by
     /// [`QemuDestination::adopt`]. Without one the guest cannot be taken over.
     pub keep_in: Option<PathBuf>,
+    /// Whether images that have contents may be replaced by the disks that come.
+    pub overwrite_disks: bool,
 }
 
 /// A QEMU that a guest comes to.
@@ -64,6 +70,8 @@ struct State {
     progress: Progress,
     /// What another process would take over by, once the pager is armed.
     record: Option<Record>,
+    /// Once prepared, where the guest has any.
+    disks: Option<Arc<DisksHere>>,
 }
 
 impl State {
@@ -109,21 +117,39 @@ impl QemuDestination {
     /// is the folder that the other pager was given. Works because QEMU itself holds a copy of the
     /// userfaultfd: whoever faulted still waits.
     ///
-    /// Returns the guest and the blocks that are missing.
-    pub fn adopt(kept_in: &Path, faults: Arc<dyn FaultSink>) -> GuestResult<(Self, Blocks)> {
+    /// Returns the guest and the blocks that are missing. Before any fault is told, `note` is told
+    /// what may be missing.
+    pub fn adopt(
+        kept_in: &Path,
+        faults: Arc<dyn FaultSink>,
+        note: &dyn Fn(&Blocks) -> GuestResult<()>,
+    ) -> GuestResult<(Self, Blocks)> {
         let record = Record::read(kept_in)?;
         let missing = MissingMap::open(&record::missing_map(kept_in))
             .map_err(|error| GuestError::caused("cannot take the guest over", error))?;
         let host = Host::of_record(&record)?;
+        note(&door::missing_blocks(&missing, &host.memory))?;
+        let mut left = Blocks::new();
+        let mut disks = None;
+        if let Some(record) = &record.disks {
+            let (first, paged) = record.paged();
+            let paged = PagedDisks::adopt(first, paged, &faults, |missing| {
+                left.union_with(missing);
+                note(missing)
+            })?;
+            disks = Some(Arc::new(DisksHere::adopt(record, host.process, paged)?));
+        }
         let (placer, door) = door::take_over(host.process, &host.memory, missing, faults)?;
-        let left = door::missing_blocks(placer.missing(), &host.memory);
+        left.union_with(&door::missing_blocks(placer.missing(), &host.memory));
         *host.lock_paging() = Some(Arc::new(Paging { placer, door }));
         let guest = Self {
             options: QemuDestinationOptions {
                 origin: QemuOrigin::Waiting(record.socket.clone()),
                 keep_in: Some(kept_in.to_owned()),
+                overwrite_disks: false,
             },
             state: Mutex::new(State {
+                disks,
                 host: Some(Arc::new(host)),
                 progress: record.progress,
                 record: Some(record),
@@ -160,6 +186,12 @@ impl QemuDestination {
             .host
             .clone()
             .ok_or_else(|| GuestError::new("no QEMU has been prepared for the guest"))
+    }
+
+    /// The disks, if the region is one of them.
+    fn disks(&self, region: RegionId) -> Option<Arc<DisksHere>> {
+        let disks = self.lock().disks.clone()?;
+        disks.paged.has(region).then_some(disks)
     }
 
     fn paging(&self) -> GuestResult<Arc<Paging>> {
@@ -219,6 +251,9 @@ impl QemuDestination {
     /// Forgets the QEMU; ends it if it was started here.
     fn drop_host(&self, state: &mut State) {
         state.host = None;
+        if let Some(disks) = state.disks.take() {
+            disks.discard();
+        }
         if let Some(mut launched) = state.launched.take() {
             launched.end();
         }
@@ -257,7 +292,7 @@ impl DestinationGuest for QemuDestination {
     fn check(&self, offer: &Offer) -> Result<Vec<String>, Refusal> {
         let mut state = self.lock();
         let host = self.ready(&mut state, offer)?;
-        let result = host.check(offer);
+        let result = host.check(offer, self.options.overwrite_disks);
         if (result.is_err() || offer.check_only) && state.launched.is_some() {
             drop(host);
             self.drop_host(&mut state);
@@ -270,24 +305,36 @@ impl DestinationGuest for QemuDestination {
         let host = self
             .ready(&mut state, offer)
             .map_err(|refusal| GuestError::new(refusal.to_string()))?;
-        host.check(offer)
+        host.check(offer, self.options.overwrite_disks)
             .map_err(|refusal| GuestError::new(refusal.to_string()))?;
-        state::set_capabilities(&*host.qmp()?).map(drop)
+        let qmp = host.qmp()?;
+        let maps = self.options.keep_in.as_deref();
+        state.disks = DisksHere::prepare(&qmp, host.process, offer, maps)?.map(Arc::new);
+        state::set_capabilities(&qmp).map(drop)
     }
 
     fn write(&self, region: RegionId, first: u32, data: &[u8]) -> GuestResult<()> {
+        if let Some(disks) = self.disks(region) {
+            return disks.paged.write(region, first, data);
+        }
         memory_of(&self.host()?.memory, region)?
             .write(first, data)
             .map_err(|error| GuestError::caused("cannot write guest memory", error))
     }
 
     fn write_zero(&self, region: RegionId, first: u32, count: u32) -> GuestResult<()> {
+        if let Some(disks) = self.disks(region) {
+            return disks.paged.write_zero(region, first, count);
+        }
         memory_of(&self.host()?.memory, region)?
             .zero(first, count)
             .map_err(|error| GuestError::caused("cannot write guest memory", error))
     }
 
     fn read(&self, region: RegionId, block: u32, buf: &mut [u8]) -> GuestResult<()> {
+        if let Some(disks) = self.disks(region) {
+            return disks.paged.read(region, block, buf);
+        }
         memory_of(&self.host()?.memory, region)?
             .read(block, buf)
             .map_err(|error| GuestError::caused("cannot read guest memory", error))
@@ -300,14 +347,23 @@ impl DestinationGuest for QemuDestination {
         faults: Arc<dyn FaultSink>,
     ) -> GuestResult<()> {
         let host = self.host()?;
+        let disks = self.lock().disks.clone();
+        if let Some(disks) = &disks {
+            disks.paged.arm(missing, &faults)?;
+        }
         let map = self.options.keep_in.as_deref().map(record::missing_map);
+        let memory = |blocks: &Blocks| -> Blocks {
+            let ours = |(region, _): &(RegionId, &BlockSet)| host.memory.len() > region.0.into();
+            let sets = blocks.iter().filter(ours);
+            sets.map(|(region, set)| (region, set.clone())).collect()
+        };
         let mut paging = host.lock_paging();
         let (placer, door) = door::arm(
             &*host.qmp()?,
             host.process,
             &host.memory,
-            missing,
-            written,
+            &memory(missing),
+            &memory(written),
             map.as_deref(),
             faults,
         )?;
@@ -316,7 +372,8 @@ impl DestinationGuest for QemuDestination {
         if let Some(folder) = &self.options.keep_in {
             let mut state = self.lock();
             let launched = state.launched.as_ref();
-            let record = host.record(launched.map(|launched| launched.folder().to_owned()))?;
+            let mut record = host.record(launched.map(|launched| launched.folder().to_owned()))?;
+            record.disks = disks.map(|disks| disks.record());
             record.write(folder)?;
             state.record = Some(record);
         }
@@ -348,6 +405,9 @@ impl DestinationGuest for QemuDestination {
     }
 
     fn place(&self, region: RegionId, first: u32, data: &[u8]) -> GuestResult<()> {
+        if let Some(disks) = self.disks(region) {
+            return disks.paged.place(region, first, data);
+        }
         self.paging()?
             .placer
             .place(region.0, first, data)
@@ -355,6 +415,9 @@ impl DestinationGuest for QemuDestination {
     }
 
     fn place_zero(&self, region: RegionId, first: u32, count: u32) -> GuestResult<()> {
+        if let Some(disks) = self.disks(region) {
+            return disks.paged.place_zero(region, first, count);
+        }
         self.paging()?
             .placer
             .place_zero(region.0, first, count)
@@ -370,6 +433,10 @@ impl DestinationGuest for QemuDestination {
             .map_err(|error| GuestError::caused("cannot let the guest's memory go", error))?;
         paging.door.close();
         *host.lock_paging() = None;
+        let disks = self.lock().disks.clone();
+        if let Some(disks) = disks {
+            disks.finish(&*host.qmp()?)?;
+        }
         if self.lock().record.take().is_some()
             && let Some(folder) = &self.options.keep_in
         {
@@ -401,7 +468,10 @@ impl DestinationGuest for QemuDestination {
                 paging.placer.stop();
                 paging.door.close();
             }
-            Ok(())
+            match state.disks.take() {
+                Some(disks) => host.qmp().map(|qmp| disks.give_up(&qmp)),
+                None => Ok(()),
+            }
         };
         drop(paging);
         self.drop_host(&mut state);
@@ -557,11 +627,12 @@ impl Host {
     }
 
     /// Whether the guest that is offered fits this QEMU and this host.
-    fn check(&self, offer: &Offer) -> Result<Vec<String>, Refusal> {
+    fn check(&self, offer: &Offer, overwrite_disks: bool) -> Result<Vec<String>, Refusal> {
         let mut notes = compare::compare(&offer.guest, &self.description)?;
         let shape = |regions: &[RegionInfo]| -> Vec<(String, u32, u32)> {
             regions
                 .iter()
+                .filter(|region| region.kind == RegionKind::Memory)
                 .map(|region| (region.name.clone(), region.blocks, region.block_size))
                 .collect()
         };
@@ -577,6 +648,16 @@ impl Host {
             });
         }
         notes.push(self.check_memory()?);
+        let qmp = self.qmp().map_err(|error| Refusal {
+            code: RefusalCode::Other,
+            reasons: vec![error.chain()],
+        })?;
+        notes.extend(DisksHere::check(
+            &qmp,
+            self.process,
+            offer,
+            overwrite_disks,
+        )?);
         notes.extend(self.notes.iter().cloned());
         Ok(notes)
     }
@@ -651,7 +732,7 @@ fn ram_blocks(offer: &Offer) -> Vec<RamBlock> {
     offer
         .regions
         .iter()
-        .filter(|region| region.kind == hybridmig_transport::message::RegionKind::Memory)
+        .filter(|region| region.kind == RegionKind::Memory)
         .map(|region| RamBlock {
             name: region.name.clone(),
             size: region.bytes(),

@@ -177,6 +177,11 @@ impl QemuFacts {
     }
 }
 
+/// Name of the fact that tells a disk's length in bytes: its region tells blocks only.
+pub fn disk_fact(name: &str) -> String {
+    format!("disk-bytes:{name}")
+}
+
 /// A refusal (no such object, property or command in this QEMU) is no answer; all else is an error.
 fn optional<T>(result: Result<T, QmpError>) -> Result<Option<T>, QmpError> {
     match result {

@@ -8,7 +8,7 @@
 //! - `source` and `destination` are the two ends of a migration; `door` is their way into
 //!   QEMU's address space, `state` carries the device state, `launch` starts a destination's
 //!   QEMU, `record` is what a killed destination leaves for the next one;
-//! - `disk` is all about disks;
+//! - `disk` finds the disks of either side and switches them, `here` serves those of a destination;
 //! - `qmp` and `commands` are the dialogue with QEMU.
 
 mod commands;
@@ -17,6 +17,7 @@ mod destination;
 pub mod disk;
 mod door;
 pub mod facts;
+mod here;
 mod launch;
 pub mod preflight;
 pub mod process;
@@ -33,13 +34,20 @@ pub use source::{QemuSource, QemuSourceOptions};
 use std::path::Path;
 
 use crate::guest::{GuestError, GuestResult};
+use disk::{DiskChoice, Survey};
 use preflight::{Inspection, Side};
 use qmp::Qmp;
 
 /// Connects to the monitor at `socket` and looks whether its guest can leave (or, for a QEMU that
-/// waits, whether one can come): `hybridmig check`. Changes nothing.
-pub fn inspect(socket: &Path, side: Side) -> GuestResult<Inspection> {
+/// waits, whether one can come), with the disks that are chosen: `hybridmig check`. Changes nothing.
+pub fn inspect(socket: &Path, side: Side, disks: &DiskChoice) -> GuestResult<Inspection> {
     let qmp = Qmp::connect(socket)
         .map_err(|error| GuestError::caused("cannot use the guest's QEMU", error))?;
-    preflight::inspect(&qmp, side)
+    let mut inspection = preflight::inspect(&qmp, side)?;
+    if side == Side::Source {
+        let survey = Survey::read(&qmp, disks)
+            .map_err(|error| GuestError::caused("cannot ask QEMU about the disks", error))?;
+        inspection.findings.extend(survey.findings);
+    }
+    Ok(inspection)
 }

@@ -171,7 +171,7 @@ pub fn inspect(qmp: &Qmp, side: Side) -> GuestResult<Inspection> {
     check_kernel(&mut inspection, side);
     check_devices(&mut inspection);
     check_ram(&mut inspection, qmp);
-    check_disks(&mut inspection, side);
+    check_direct_io(&mut inspection, side);
     Ok(inspection)
 }
 
@@ -434,18 +434,7 @@ fn ram_file(
     }
 }
 
-fn check_disks(inspection: &mut Inspection, side: Side) {
-    for disk in inspection.facts.disks.clone() {
-        if !disk.read_only {
-            inspection.add(
-                Level::Note,
-                format!(
-                    "disk '{}' ({}) is not moved: both hosts must reach the same storage",
-                    disk.device, disk.file
-                ),
-            );
-        }
-    }
+fn check_direct_io(inspection: &mut Inspection, side: Side) {
     let Some(process) = inspection.process else {
         return;
     };

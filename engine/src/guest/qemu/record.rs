@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 use hybridmig_transport::message::{GuestDescription, RegionInfo};
 use serde::{Deserialize, Serialize};
 
+use super::here::DisksRecord;
 use super::process::{Mapping, QemuProcess};
 use crate::guest::{GuestError, GuestResult};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Largest record that is read, in bytes.
 const SIZE_LIMIT: u64 = 1 << 20;
 
@@ -53,6 +54,8 @@ pub struct Record {
     pub vcpus: Vec<(u32, u32)>,
     /// How far the guest had come.
     pub progress: Progress,
+    /// The disks, where the guest has any.
+    pub disks: Option<DisksRecord>,
 }
 
 impl Record {
@@ -80,6 +83,7 @@ impl Record {
             mappings,
             vcpus,
             progress: Progress::Waiting,
+            disks: None,
         })
     }
 

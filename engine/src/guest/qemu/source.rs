@@ -8,15 +8,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hybridmig_pager::{RegionMemory, Tracker};
-use hybridmig_transport::message::{GuestDescription, RegionInfo};
+use hybridmig_transport::message::{GuestDescription, RegionInfo, RegionKind};
 
 use super::commands::{Capability, Cont, QueryStatus, Quit, Stop};
+use super::disk::{self, DiskChoice, SourceDisks};
 use super::door;
+use super::facts::disk_fact;
 use super::preflight::{self, Finding, Side};
 use super::process::QemuProcess;
 use super::qmp::Qmp;
 use super::state;
-use crate::blocks::{Blocks, RegionId};
+use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::guest::{GuestError, GuestResult, SourceGuest};
 
 /// How long `stop` may take: it drains the guest's I/O.
@@ -34,6 +36,8 @@ pub struct QemuSourceOptions {
     pub direct_io_grace: Duration,
     /// Whether QEMU stays, stopped, when the guest has left (otherwise it ends).
     pub keep: bool,
+    /// Which disks move.
+    pub disks: DiskChoice,
 }
 
 impl Default for QemuSourceOptions {
@@ -41,6 +45,7 @@ impl Default for QemuSourceOptions {
         Self {
             direct_io_grace: Duration::from_secs(2),
             keep: false,
+            disks: DiskChoice::default(),
         }
     }
 }
@@ -52,6 +57,8 @@ pub struct QemuSource {
     description: GuestDescription,
     regions: Vec<RegionInfo>,
     memory: Vec<Arc<RegionMemory>>,
+    /// Their regions follow those of memory.
+    disks: SourceDisks,
     findings: Vec<Finding>,
     grace: Option<Duration>,
     keep: bool,
@@ -81,15 +88,31 @@ impl QemuSource {
         let process = inspection
             .process
             .ok_or_else(|| GuestError::new("the process of QEMU was not found"))?;
+        let qmp = Arc::new(qmp);
+        let disks = SourceDisks::open(&qmp, &options.disks)?;
+        let mut description = inspection.describe();
+        let mut regions = inspection.regions();
+        for disk in disks.disks() {
+            let fact = disk_fact(&disk.name);
+            description.facts.insert(fact, disk.bytes.to_string());
+            regions.push(RegionInfo {
+                id: RegionId(regions.len() as u16),
+                kind: RegionKind::Disk,
+                name: disk.name.clone(),
+                blocks: disk.blocks(),
+                block_size: disk::BLOCK_SIZE,
+            });
+        }
         Ok(Self {
             process,
-            description: inspection.describe(),
-            regions: inspection.regions(),
-            findings: inspection.findings.clone(),
+            description,
+            regions,
+            findings: [&inspection.findings[..], disks.findings()].concat(),
             grace: (!inspection.direct_io.is_empty()).then_some(options.direct_io_grace),
             keep: options.keep,
             memory: inspection.into_memory()?,
-            qmp: Arc::new(qmp),
+            disks,
+            qmp,
             state: Mutex::default(),
         })
     }
@@ -102,6 +125,18 @@ impl QemuSource {
     /// The monitor.
     pub fn qmp(&self) -> &Arc<Qmp> {
         &self.qmp
+    }
+
+    /// The index of the disk that a region is.
+    fn disk(&self, region: RegionId) -> Option<usize> {
+        usize::from(region.0).checked_sub(self.memory.len())
+    }
+
+    /// Sets of blocks by disk as sets of blocks by region.
+    fn of_disks(&self, sets: Vec<BlockSet>) -> Blocks {
+        let region = |disk: usize| RegionId((self.memory.len() + disk) as u16);
+        let sets = sets.into_iter().enumerate();
+        sets.map(|(disk, set)| (region(disk), set)).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -140,8 +175,11 @@ impl SourceGuest for QemuSource {
         // One that runs already would make the trap look like somebody else's.
         state.tracker = None;
         state.found = Blocks::new();
-        let (tracker, content) = door::track(&self.qmp, self.process, &self.memory, self.grace)?;
+        let disks = self.disks.start()?;
+        let (tracker, mut content) =
+            door::track(&self.qmp, self.process, &self.memory, self.grace)?;
         state.tracker = Some(tracker);
+        content.union_with(&self.of_disks(disks));
         Ok(content)
     }
 
@@ -149,11 +187,26 @@ impl SourceGuest for QemuSource {
         let mut state = self.lock();
         let mut dirty = state.scan()?;
         dirty.union_with(&std::mem::take(&mut state.found));
+        // Nobody has written the disks of a stopped guest since they were last looked at, and QEMU may
+        // have let go of them.
+        if !state.settled {
+            dirty.union_with(&self.of_disks(self.disks.take_dirty()?));
+        }
         state.settled = state.frozen;
         Ok(dirty)
     }
 
+    fn accessed(&self) -> Blocks {
+        if self.lock().frozen {
+            return Blocks::new();
+        }
+        self.of_disks(self.disks.accessed())
+    }
+
     fn read(&self, region: RegionId, block: u32, buf: &mut [u8]) -> GuestResult<()> {
+        if let Some(disk) = self.disk(region) {
+            return self.disks.read(disk, block, buf);
+        }
         memory_of(&self.memory, region)?
             .read(block, buf)
             .map_err(|error| GuestError::caused("cannot read guest memory", error))
@@ -197,6 +250,7 @@ impl SourceGuest for QemuSource {
             }
             state.found.union_with(&late);
         }
+        self.disks.after_state_saved()?;
         Ok(saved)
     }
 
@@ -220,6 +274,7 @@ impl SourceGuest for QemuSource {
         if self.run_state()? != "running" {
             self.qmp.execute(&Cont {}).map_err(failed)?;
         }
+        self.disks.stop();
         *state = State {
             capabilities: state.capabilities.take(),
             ..State::default()
@@ -242,6 +297,7 @@ impl SourceGuest for QemuSource {
         let mut state = self.lock();
         state.released = true;
         state.tracker = None;
+        self.disks.stop();
         if self.keep {
             return Ok(());
         }

@@ -238,6 +238,30 @@ impl DestinationMachine {
         }
     }
 
+    /// Goes on with a session whose own process has ended after its acceptance was durable. The guest
+    /// is this side's, its pager has been taken over, and these blocks are missing; the source is
+    /// waited for. The guest is told to run, in case that it was not told before.
+    pub fn take_over(
+        config: DestinationConfig,
+        session: SessionId,
+        offer: Offer,
+        missing: Blocks,
+    ) -> Self {
+        let mut machine = Self {
+            state: State::PostCopy,
+            session: Some(session),
+            offer: Some(offer),
+            prepared: true,
+            armed: true,
+            accepted: true,
+            behind: missing.clone(),
+            missing,
+            ..Self::new(config)
+        };
+        machine.command(DestinationCommand::Resume);
+        machine
+    }
+
     /// Takes an input.
     pub fn handle(&mut self, now: Duration, input: DestinationInput) {
         if self.state == State::Finished {
@@ -276,8 +300,13 @@ impl DestinationMachine {
                 }
             }
             DestinationInput::Resumed => {
-                if self.answered(Awaited::Resume) && self.state == State::Resuming {
-                    self.resumed(now);
+                if self.answered(Awaited::Resume) {
+                    match self.state {
+                        State::Resuming => self.resumed(now),
+                        // Taken over. Nothing may be missing any more.
+                        State::PostCopy => self.settle(now, &Blocks::new()),
+                        _ => {}
+                    }
                 }
             }
             DestinationInput::Disarmed => {

@@ -1,5 +1,6 @@
 //! What the operator and the driver set for a source.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use hybridmig_transport::message::{Features, Mode, SessionId};
@@ -17,6 +18,8 @@ pub struct SourceConfig {
     pub mem_frac: Option<f64>,
     /// The same of the disks.
     pub disk_frac: Option<f64>,
+    /// The same of single disks, by name.
+    pub disk_fracs: BTreeMap<String, f64>,
     /// Downtime never to exceed knowingly.
     pub max_downtime: Option<Duration>,
     /// Downtime to aim at.
@@ -52,6 +55,7 @@ impl SourceConfig {
             mode,
             mem_frac: None,
             disk_frac: None,
+            disk_fracs: BTreeMap::new(),
             max_downtime: None,
             target_downtime: Duration::from_millis(300),
             max_rounds: 30,

@@ -23,7 +23,7 @@ impl SourceMachine {
         let rest = Rest { stale, unsent };
         let FreezeSplit { freeze, behind } = plan::split_at_freeze(
             &self.config.limits(),
-            self.shares(),
+            &self.shares(),
             rest,
             &self.heat,
             self.estimator.rtt(),

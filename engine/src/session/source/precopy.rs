@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::{ChunkBody, ChunkKind, Lane, RoundReport, RoundStart, SourceMachine, State};
-use crate::blocks::Blocks;
+use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::plan::{self, RoundFigures, Share, Shares, Verdict};
 use crate::session::io::{Chunk, Refer, SourceOutcome};
-use hybridmig_transport::message::{Mode, RegionKind};
+use hybridmig_transport::message::{Mode, RegionInfo, RegionKind};
 
 impl SourceMachine {
     /// Tracking is on: `populated` has content.
@@ -34,7 +34,7 @@ impl SourceMachine {
                 // Which pages are hot is not known yet, so the share is simply the lowest.
                 first = self.heat.hottest(&first, share.pages());
             }
-            first.union_with(&plan::disk_share(shares.disks, &self.pending, &self.heat));
+            first.union_with(&plan::disk_share(&shares, &self.pending, &self.heat));
             self.unsent = std::mem::replace(&mut self.pending, first);
             self.unsent.subtract(&self.pending);
         }
@@ -47,23 +47,55 @@ impl SourceMachine {
         if self.config.mode != Mode::Hybrid {
             return Shares::default();
         }
-        let share = |fraction: Option<f64>, kind| {
-            fraction.map(|fraction| Share {
-                fraction,
-                populated: self
-                    .shapes
-                    .pages(&self.shapes.of_kind(&self.populated, kind)),
-            })
+        let pages = |region: RegionId| {
+            let blocks = self.populated.get(region).map_or(0, BlockSet::len);
+            blocks * self.shapes.pages_per_block(region)
         };
+        let memory = self.shapes.of_kind(&self.populated, RegionKind::Memory);
+        let disk = |info: &RegionInfo| {
+            let named = self.config.disk_fracs.get(&info.name).copied();
+            let share = Share {
+                fraction: named.or(self.config.disk_frac)?,
+                populated: pages(info.id),
+            };
+            Some((info.id, share))
+        };
+        let disks = self.shapes.infos().iter();
         Shares {
-            memory: share(self.config.mem_frac, RegionKind::Memory),
-            disks: share(self.config.disk_frac, RegionKind::Disk),
+            memory: self.config.mem_frac.map(|fraction| Share {
+                fraction,
+                populated: self.shapes.pages(&memory),
+            }),
+            disks: disks
+                .filter(|info| info.kind == RegionKind::Disk)
+                .filter_map(disk)
+                .collect(),
         }
     }
 
     /// The guest has read or written these lately, as far as it can tell. What exists only counts.
     pub(super) fn accessed(&mut self, blocks: &Blocks) {
         self.heat.accessed(blocks);
+        if matches!(self.state, State::Round | State::Scanning) {
+            self.warm(blocks);
+        }
+    }
+
+    /// What is used of a disk moves before the freeze, unless the operator has said how much of it does.
+    fn warm(&mut self, used: &Blocks) {
+        let shares = self.shares();
+        for disk in self
+            .shapes
+            .disks()
+            .filter(|disk| !shares.disks.contains_key(disk))
+        {
+            let Some((used, unsent)) = used.get(disk).zip(self.unsent.get(disk)) else {
+                continue;
+            };
+            let found = used & unsent;
+            *self.unsent.entry(disk) -= &found;
+            *self.pending.entry(disk) |= found;
+        }
     }
 
     pub(super) fn next_scan(&self) -> Duration {
@@ -94,6 +126,7 @@ impl SourceMachine {
 
     fn round_done(&mut self, now: Duration, dirty: Blocks, interval: Duration) {
         let dirty_count = dirty.len();
+        self.warm(&dirty);
         self.pending.union_with(&dirty);
         // What was never sent is not behind by having been written.
         self.pending.subtract(&self.unsent);

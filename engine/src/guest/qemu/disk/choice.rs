@@ -93,6 +93,21 @@ impl DiskChoice {
         self.named.get(name).copied().unwrap_or(self.others)
     }
 
+    /// The shares of single disks that were asked for, and that of all others.
+    pub fn fractions(&self) -> (BTreeMap<String, f64>, Option<f64>) {
+        let fraction = |treatment: &DiskTreatment| match treatment {
+            DiskTreatment::Fraction(fraction) => Some(*fraction),
+            DiskTreatment::Move | DiskTreatment::Skip => None,
+        };
+        let named = self.named.iter();
+        (
+            named
+                .filter_map(|(name, treatment)| Some((name.clone(), fraction(treatment)?)))
+                .collect(),
+            fraction(&self.others),
+        )
+    }
+
     /// The disks that were named.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.named.keys().map(String::as_str)

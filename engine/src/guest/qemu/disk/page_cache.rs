@@ -1,13 +1,21 @@
-//! Which blocks of a raw image lie in the host's page cache: what the guest has read or written lately.
-//! A hint, for the order of things only.
+//! What a guest uses of a raw image that it reads through the host's page cache. A hint, for the order of
+//! things only.
+//!
+//! What is cached was used once, which may be long ago: a host with memory to spare keeps whole images. So
+//! the image's clean pages are dropped when a migration begins, and what is cached later was read or
+//! written since, unless we have read it ourselves. The price is that the guest's next reads come
+//! from the disk, once.
 
 use std::fs::File;
 use std::io;
 use std::num::NonZero;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::BLOCK_SIZE;
@@ -17,9 +25,83 @@ const PAGE_SIZE: u64 = 4096;
 /// Bytes of the file that are looked at together.
 const WINDOW: u64 = 1 << 30;
 
+/// Share of an image in the cache up to which that tells what is used, even of the past.
+const TELLING: u64 = 4;
+/// Blocks behind one that we read that the kernel may read ahead.
+const READ_AHEAD: u32 = 4;
+/// Time between two looks, in units of how long one takes.
+const RARELY: u32 = 50;
+
+/// See the module's text.
+pub struct CacheWatch {
+    path: PathBuf,
+    bytes: u64,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Used before the watch began; told by the first look.
+    first: BlockSet,
+    /// What we have read ourselves, and what the kernel may have read ahead for us.
+    ours: BlockSet,
+    /// When there was a look, and how long it took.
+    last: Option<(Instant, Duration)>,
+}
+
+impl CacheWatch {
+    /// Begins to watch the image of `bytes` at `path`: drops what is cached of it.
+    pub fn start(path: PathBuf, bytes: u64) -> io::Result<Self> {
+        let before = cached_blocks(&path, bytes)?;
+        let file = File::open(&path)?;
+        let held = file.metadata()?.blocks() * 512 / u64::from(BLOCK_SIZE);
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+        let first = if before.len() <= held / TELLING {
+            before
+        } else {
+            // Written lately and not yet on the disk.
+            cached_blocks(&path, bytes)?
+        };
+        Ok(Self {
+            path,
+            bytes,
+            state: Mutex::new(State {
+                first,
+                ours: BlockSet::new(),
+                last: None,
+            }),
+        })
+    }
+
+    /// We are about to read this block.
+    pub fn we_read(&self, block: u32) {
+        let ours = block..=block.saturating_add(READ_AHEAD);
+        self.lock().ours.insert_range(ours);
+    }
+
+    /// The blocks that the guest has used since the beginning; none where it is too early to look again.
+    pub fn look(&self) -> io::Result<BlockSet> {
+        let began = Instant::now();
+        let mut state = self.lock();
+        if let Some((at, took)) = state.last
+            && began.saturating_duration_since(at) < took * RARELY
+        {
+            return Ok(BlockSet::new());
+        }
+        let mut used = cached_blocks(&self.path, self.bytes)?;
+        used -= &state.ours;
+        used |= std::mem::take(&mut state.first);
+        state.last = Some((began, began.elapsed()));
+        Ok(used)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// The blocks of the file at `path` of which a page is cached; none where the kernel does not tell (it
 /// tells the file's owner and root), or where the file is no plain image of `bytes`.
-pub fn cached_blocks(path: &Path, bytes: u64) -> io::Result<BlockSet> {
+fn cached_blocks(path: &Path, bytes: u64) -> io::Result<BlockSet> {
     let file = File::open(path)?;
     let metadata = file.metadata()?;
     let euid = nix::unistd::geteuid();
@@ -86,5 +168,36 @@ mod tests {
         assert_eq!(cached.iter().collect::<Vec<_>>(), [0, 5]);
         // Of another size, it is not the image that was meant.
         assert!(cached_blocks(file.path(), bytes + 512).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_read_later_is_told_apart_from_what_was_cached_and_from_our_own_reads() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let size = u64::from(BLOCK_SIZE);
+        let bytes = 400 * size;
+        file.as_file().set_len(bytes).unwrap();
+        let read = |block: u64| {
+            let mut buffer = [0; 4096];
+            std::os::unix::fs::FileExt::read_exact_at(file.as_file(), &mut buffer, block * size)
+                .unwrap();
+        };
+        for block in 0..400 {
+            let data = vec![7; BLOCK_SIZE as usize];
+            std::os::unix::fs::FileExt::write_all_at(file.as_file(), &data, block * size).unwrap();
+        }
+        // Clean pages can be dropped; all of it is cached, which tells nothing.
+        file.as_file().sync_all().unwrap();
+        let watch = CacheWatch::start(file.path().to_owned(), bytes).unwrap();
+        if watch.lock().first.len() > 40 {
+            eprintln!("skipped: this file system keeps what it is told to drop");
+            return;
+        }
+        watch.we_read(100);
+        read(100);
+        read(300);
+        let used = watch.look().unwrap();
+        assert!(used.contains(300), "{used:?}");
+        assert!(!used.contains(100), "{used:?}");
+        assert!(used.len() < 40, "{used:?}");
     }
 }

@@ -24,7 +24,7 @@ use super::commands::{
 };
 use super::facts::{Disk, DiskFacts, Survey};
 use super::nbd::{Extent, NbdError};
-use super::page_cache::cached_blocks;
+use super::page_cache::CacheWatch;
 use super::pool::{self, Pool};
 use super::{BLOCK_SIZE, NODE_PREFIX};
 use crate::blocks::BlockSet;
@@ -69,8 +69,6 @@ struct State {
     tracking: Vec<Tracking>,
     /// Number of the last bitmap.
     last: u64,
-    /// By disk: what was in the page cache at the start.
-    cached: Vec<BlockSet>,
     /// Bitmaps that have been read and could not be removed yet: (disk, bitmap).
     retired: Vec<(usize, u64)>,
 }
@@ -92,6 +90,8 @@ struct Server {
     socket: PathBuf,
     /// By disk.
     pools: Vec<Pool>,
+    /// By disk: what the guest uses of it, where that can be told.
+    watches: Vec<Option<CacheWatch>>,
 }
 
 impl Drop for Server {
@@ -135,11 +135,6 @@ impl SourceDisks {
             return Ok(Vec::new());
         }
         let mut state = self.lock();
-        state.cached = self
-            .disks
-            .iter()
-            .map(|disk| self.look_at_cache(disk))
-            .collect();
         let started = self.start_server().and_then(|()| self.track(&mut state));
         drop(state);
         let content = started.and_then(|()| {
@@ -158,10 +153,23 @@ impl SourceDisks {
         content
     }
 
-    /// By disk: the blocks that were in the host's page cache at the start, and so were used lately. None
+    /// By disk: blocks that the guest has read or written lately, as the host's page cache tells. None
     /// where that cannot be had: `cache=none`, formats other than raw, storage that is no file.
-    pub fn cached(&self) -> Vec<BlockSet> {
-        self.lock().cached.clone()
+    pub fn accessed(&self) -> Vec<BlockSet> {
+        let Ok(server) = self.server() else {
+            return Vec::new();
+        };
+        let look = |(watch, disk): (&Option<CacheWatch>, &Disk)| {
+            let Some(watch) = watch else {
+                return BlockSet::new();
+            };
+            watch.look().unwrap_or_else(|error| {
+                let disk = &disk.facts.name;
+                tracing::debug!(disk, %error, "cannot tell what is in the page cache");
+                BlockSet::new()
+            })
+        };
+        server.watches.iter().zip(&self.disks).map(look).collect()
     }
 
     /// By disk, the blocks written since the last call. May tell of one that was not written, never
@@ -209,7 +217,11 @@ impl SourceDisks {
             })?;
         let offset = u64::from(block) * u64::from(BLOCK_SIZE);
         let present = (facts.bytes - offset).min(u64::from(BLOCK_SIZE)) as usize;
-        self.server()?.pools[disk]
+        let server = self.server()?;
+        if let Some(watch) = &server.watches[disk] {
+            watch.we_read(block);
+        }
+        server.pools[disk]
             .read(offset, &mut buf[..present])
             .map_err(|error| self.failed("cannot read", disk, error))?;
         buf[present..].fill(0);
@@ -276,6 +288,11 @@ impl SourceDisks {
             socket: folder.join("nbd"),
             pools: (0..self.disks.len())
                 .map(|disk| Pool::new(folder.join("nbd"), export_name(disk)))
+                .collect(),
+            watches: self
+                .disks
+                .iter()
+                .map(|disk| self.watch_cache(disk))
                 .collect(),
             folder,
         };
@@ -503,21 +520,21 @@ impl SourceDisks {
         Ok(())
     }
 
-    fn look_at_cache(&self, disk: &Disk) -> BlockSet {
+    fn watch_cache(&self, disk: &Disk) -> Option<CacheWatch> {
         if disk.direct || disk.facts.format != "raw" {
-            return BlockSet::new();
+            return None;
         }
-        let Some(pid) = self.qmp.peer_pid() else {
-            return BlockSet::new();
-        };
+        let pid = self.qmp.peer_pid()?;
         let path = QemuProcess { pid }.path_of(&disk.facts.file);
         if !fs::metadata(&path).is_ok_and(|metadata| metadata.is_file()) {
-            return BlockSet::new();
+            return None;
         }
-        cached_blocks(&path, disk.facts.bytes).unwrap_or_else(|error| {
-            tracing::warn!(disk = disk.facts.name, %error, "cannot tell what is in the page cache");
-            BlockSet::new()
-        })
+        CacheWatch::start(path, disk.facts.bytes)
+            .inspect_err(|error| {
+                let disk = &disk.facts.name;
+                tracing::warn!(disk, %error, "cannot tell what is in the page cache");
+            })
+            .ok()
     }
 
     fn server(&self) -> GuestResult<Arc<Server>> {

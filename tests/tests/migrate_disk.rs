@@ -1,0 +1,241 @@
+//! Storage moves with the guest: a Linux guest in an unmodified QEMU, whose checker writes and verifies a
+//! disk all the time, moves over a relayed link of 50 ms RTT, in every mode. It must see no I/O error
+//! and no wrong block, and run on an ordinary local image in the end, with nothing of ours under it.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use hybridmig_engine::report::Report;
+use hybridmig_tests::disks::{image, ticks, wait_sweeps};
+use hybridmig_tests::migration::{Host, PATIENCE, Recv, TEST_LINK, relay};
+use hybridmig_tests::{Vm, VmConfig, console};
+use serde_json::json;
+use tempfile::TempDir;
+
+/// How long a migration of some hundred MiB may take; a starved machine takes its time.
+const MOVE: Duration = Duration::from_secs(240);
+
+const MIB: u64 = 1 << 20;
+/// Length of the disk that is checked: sparse, what the checker uses is spread over all of it.
+const ROOT: u64 = 2048 * MIB;
+/// Length of a disk that nobody writes, and of what is in it.
+const DATA: u64 = 256 * MIB;
+const DATA_HELD: u64 = 24 * MIB;
+
+/// The images of one side.
+struct Images {
+    folder: TempDir,
+}
+
+impl Images {
+    fn new() -> Result<Self> {
+        let folder = tempfile::tempdir().context("no folder for images")?;
+        image(folder.path(), "root.img", ROOT)?;
+        image(folder.path(), "data.img", DATA)?;
+        Ok(Self { folder })
+    }
+
+    fn root(&self) -> PathBuf {
+        self.folder.path().join("root.img")
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.path().join("data.img")
+    }
+
+    /// Contents that do not compress, in pieces that lie apart.
+    fn fill_data(&self) -> Result<()> {
+        let file = File::options().write(true).open(self.data())?;
+        let mut word = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut piece = vec![0; MIB as usize];
+        for index in 0..DATA_HELD / MIB {
+            for chunk in piece.chunks_exact_mut(8) {
+                // xorshift64*
+                word ^= word >> 12;
+                word ^= word << 25;
+                word ^= word >> 27;
+                chunk.copy_from_slice(&word.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
+            }
+            file.write_all_at(&piece, index * (DATA / (DATA_HELD / MIB)))?;
+        }
+        Ok(())
+    }
+
+    fn guest(&self, name: &str) -> VmConfig {
+        let drive = |id: &str, path: &Path| {
+            [
+                "-drive".to_owned(),
+                format!(
+                    "if=none,id={id},format=raw,file={},discard=unmap",
+                    path.display()
+                ),
+                "-device".to_owned(),
+                format!("virtio-blk-pci,id={id},drive={id}"),
+            ]
+        };
+        VmConfig {
+            name: name.to_owned(),
+            memory_mib: 160,
+            checked_mib: 16,
+            dirty_rate: 4.0,
+            kernel_arguments: "diskcheck.dev=vda diskcheck.mb=24 diskcheck.rate=3".to_owned(),
+            qemu_arguments: [drive("root", &self.root()), drive("data", &self.data())].concat(),
+            ..VmConfig::default()
+        }
+    }
+}
+
+/// Both sides of a migration, the guest at the source.
+struct Scene {
+    hosts: (Host, Host),
+    images: (Images, Images),
+    source: Vm,
+    destination: Vm,
+}
+
+impl Scene {
+    fn new() -> Result<Self> {
+        let hosts = (Host::new()?, Host::new()?);
+        let images = (Images::new()?, Images::new()?);
+        images.0.fill_data()?;
+        let source = Vm::boot(&images.0.guest("source"))?;
+        wait_sweeps(source.console(), &["vda"])?;
+        let destination = Vm::start(&images.1.guest("destination").incoming("destination"))?;
+        Ok(Self {
+            hosts,
+            images,
+            source,
+            destination,
+        })
+    }
+
+    fn recv(&self, arguments: &[&str]) -> Result<Recv> {
+        let qmp = self.destination.qmp_socket().display().to_string();
+        let mut words = vec!["--qmp", &qmp];
+        words.extend(arguments);
+        self.hosts.1.recv(&self.hosts.0, words)
+    }
+
+    /// Moves the guest and returns the source's report.
+    fn migrate(&self, arguments: &[&str]) -> Result<Report> {
+        let mut recv = self.recv(&[])?;
+        let relay = relay(recv.address, TEST_LINK, 7)?;
+        let qmp = self.source.qmp_socket().display().to_string();
+        let mut words = vec!["--qmp", &qmp];
+        words.extend(arguments);
+        let mut send = self
+            .hosts
+            .0
+            .send(&self.hosts.1, relay.local_addr(), words)?;
+        let ended = send.ends_with(0, MOVE);
+        println!("{}", send.process.stdout().tail(40));
+        if let Err(error) = ended {
+            return Err(error.context(recv.process.stderr().tail(30)));
+        }
+        recv.process.succeed(PATIENCE)?;
+        println!("{}", recv.process.stdout().tail(40));
+        relay.stop();
+        send.report()
+    }
+
+    /// The guest lives on, right in memory and on its disk, without any help.
+    fn alive_and_right(&mut self) -> Result<()> {
+        wait_sweeps(self.destination.console(), &["vda"])?;
+        let consoles = [self.source.console(), self.destination.console()];
+        println!("longest gap {:?}", console::longest_gap(&consoles));
+        console::one_life(&consoles)?;
+        let verified = self.destination.verify()?;
+        ensure!(verified.bad == 0, "{} pages are wrong", verified.bad);
+        for tick in ticks(self.destination.console()).values() {
+            ensure!(tick.bad == 0 && tick.errors == 0, "{tick:?}");
+        }
+        self.runs_on_local_images()?;
+        same_contents(&self.images.0.data(), &self.images.1.data())
+    }
+
+    /// Nothing of ours is left in QEMU, and its devices use the operator's images.
+    fn runs_on_local_images(&mut self) -> Result<()> {
+        let control = self.destination.control();
+        let nodes = control.execute("query-named-block-nodes", json!({}))?;
+        ensure!(
+            !nodes.to_string().contains("hybridmig"),
+            "a node of ours is left: {nodes}"
+        );
+        let devices = control.execute("query-block", json!({}))?.to_string();
+        for path in [self.images.1.root(), self.images.1.data()] {
+            ensure!(
+                devices.contains(&path.display().to_string()),
+                "{} is not used: {devices}",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The two images are equal, block by block.
+fn same_contents(one: &Path, other: &Path) -> Result<()> {
+    let (one, other) = (File::open(one)?, File::open(other)?);
+    let bytes = one.metadata()?.len();
+    ensure!(bytes == other.metadata()?.len(), "of different length");
+    let (mut here, mut there) = (vec![0; MIB as usize], vec![0; MIB as usize]);
+    for offset in (0..bytes).step_by(MIB as usize) {
+        one.read_exact_at(&mut here, offset)?;
+        other.read_exact_at(&mut there, offset)?;
+        ensure!(here == there, "the images differ at {offset}");
+    }
+    Ok(())
+}
+
+fn one_way(arguments: &[&str]) -> Result<Report> {
+    let mut scene = Scene::new()?;
+    let report = scene.migrate(arguments)?;
+    scene.alive_and_right()?;
+    Ok(report)
+}
+
+#[test]
+fn storage_follows_in_hybrid_mode() -> Result<()> {
+    let report = one_way(&["--mode", "hybrid"])?;
+    let kinds = report.kinds.context("memory and storage apart")?;
+    ensure!(
+        kinds.storage.content_blocks > 0 && kinds.storage.bytes() > DATA_HELD,
+        "{kinds:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn storage_is_there_before_the_guest_in_precopy_mode() -> Result<()> {
+    let report = one_way(&["--mode", "precopy", "--max-downtime", "20s"])?;
+    let kinds = report.kinds.context("memory and storage apart")?;
+    ensure!(kinds.storage.behind_blocks == 0, "{kinds:?}");
+    Ok(())
+}
+
+#[test]
+fn storage_follows_in_postcopy_mode() -> Result<()> {
+    let report = one_way(&["--mode", "postcopy"])?;
+    let kinds = report.kinds.context("memory and storage apart")?;
+    ensure!(
+        kinds.storage.behind_blocks == kinds.storage.content_blocks
+            && kinds.storage.pre_copy_bytes == 0,
+        "{kinds:?}"
+    );
+    Ok(())
+}
+
+/// Every disk by its own word: one all before the resume, the other not at all.
+#[test]
+fn disks_move_as_the_operator_says() -> Result<()> {
+    let report = one_way(&["--disk", "data=copy", "--disk", "root=0"])?;
+    let kinds = report.kinds.context("memory and storage apart")?;
+    ensure!(
+        kinds.storage.pre_copy_bytes >= DATA_HELD && kinds.storage.behind_blocks > 0,
+        "{kinds:?}"
+    );
+    Ok(())
+}
