@@ -8,6 +8,7 @@ pub mod journal;
 pub mod plan;
 pub mod regions;
 pub mod report;
+pub mod seeds;
 pub mod session;
 
 /// Name and version of this software, as it introduces itself to a peer and in reports.

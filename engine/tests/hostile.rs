@@ -126,6 +126,7 @@ fn any_message() -> impl Strategy<Value = Message> {
             missing_pieces
         }),
         1 => piece.prop_map(|(region, blocks)| Message::Missing { region, blocks }),
+        1 => Just(Message::Seeds { block_size: 4096, names: vec![1, 2] }),
     ]
 }
 

@@ -3,7 +3,7 @@
 //! sent.
 
 use crate::codec::{MAX_BATCH_CONTENTS, MIN_BLOCK_SIZE};
-use crate::message::{BlockSet, Message, RegionInfo};
+use crate::message::{BlockSet, MAX_SEED_NAMES, Message, RegionInfo};
 
 /// Largest encoded message, in bytes. A set of blocks larger than [`MAX_SET`] must be split, so
 /// that no legal message comes near.
@@ -79,6 +79,10 @@ fn check(message: &Message) -> Result<(), FrameError> {
             bounded("samples of speed", summary.speed.len(), 4096)
         }
         Message::Offer(offer) => check_regions(&offer.regions),
+        Message::Seeds { block_size, names } => {
+            bounded("names of seeds", names.len(), MAX_SEED_NAMES)?;
+            check_seeds(*block_size, names)
+        }
         _ => Ok(()),
     }
 }
@@ -91,12 +95,32 @@ fn check_regions(regions: &[RegionInfo]) -> Result<(), FrameError> {
             return Err(FrameError::Illegal(text));
         }
         let size = region.block_size;
-        if !size.is_power_of_two() || size < MIN_BLOCK_SIZE || size as usize > MAX_BATCH_CONTENTS {
+        if !carried(size) {
             let text = format!("{} has blocks of {size} bytes", region.id);
             return Err(FrameError::Illegal(text));
         }
     }
     Ok(())
+}
+
+/// Names ascend, and stand for contents that the codec can carry.
+fn check_seeds(block_size: u32, names: &[u64]) -> Result<(), FrameError> {
+    if !carried(block_size) {
+        let text = format!("seeds of {block_size} bytes");
+        return Err(FrameError::Illegal(text));
+    }
+    if names.is_empty() || !names.is_sorted_by(|before, after| before < after) {
+        let text = "names of seeds that do not ascend, or none".to_owned();
+        return Err(FrameError::Illegal(text));
+    }
+    Ok(())
+}
+
+/// Whether the codec carries blocks of this size.
+fn carried(block_size: u32) -> bool {
+    block_size.is_power_of_two()
+        && block_size >= MIN_BLOCK_SIZE
+        && block_size as usize <= MAX_BATCH_CONTENTS
 }
 
 /// Encodes a message with its length before it.
@@ -207,6 +231,42 @@ mod tests {
             assert!(encode_message(&illegal).is_err());
             assert!(decode_message(&postcard::to_stdvec(&illegal).unwrap()).is_err());
         }
+    }
+
+    #[test]
+    fn names_of_seeds_ascend_and_stand_for_blocks_that_can_be() {
+        let seeds = |block_size, names: &[u64]| Message::Seeds {
+            block_size,
+            names: names.to_vec(),
+        };
+        let most: Vec<u64> = (0..MAX_SEED_NAMES as u64).map(|n| n << 40).collect();
+        let wire = encode_message(&seeds(65_536, &most)).unwrap();
+        assert!(wire.len() < 8 * MAX_SEED_NAMES + 16, "{}", wire.len());
+        assert_eq!(decode_message(&wire), Ok(seeds(65_536, &most)));
+        let too_many: Vec<u64> = (0..=MAX_SEED_NAMES as u64).collect();
+        for illegal in [
+            seeds(65_536, &[]),
+            seeds(65_536, &[3, 3]),
+            seeds(65_536, &[4, 3]),
+            seeds(65_536, &too_many),
+            seeds(0, &[3]),
+            seeds(4095, &[3]),
+            seeds(1 << 20, &[3]),
+        ] {
+            assert!(encode_message(&illegal).is_err());
+            let wire = postcard::to_stdvec(&illegal).unwrap();
+            assert!(matches!(decode_message(&wire), Err(FrameError::Illegal(_))));
+        }
+        // Half a name.
+        let mut wire = encode_message(&seeds(512, &[7])).unwrap();
+        let length = wire.len() - 9;
+        assert_eq!(wire[length], 8);
+        wire[length] = 7;
+        wire.pop();
+        assert!(matches!(
+            decode_message(&wire),
+            Err(FrameError::Malformed(_))
+        ));
     }
 
     proptest! {

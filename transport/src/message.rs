@@ -336,7 +336,20 @@ pub enum Message {
         #[serde(with = "block_set")]
         blocks: BlockSet,
     },
+    /// Destination → source, on the bulk lane: a piece of the set of contents that it has in files
+    /// of its own (seeds), whatever region they belong to.
+    Seeds {
+        /// Length of each content in bytes.
+        block_size: u32,
+        /// The first eight bytes of each one's BLAKE3, as little-endian numbers, ascending; 1 to
+        /// [`MAX_SEED_NAMES`]. Pieces do not overlap.
+        #[serde(with = "names")]
+        names: Vec<u64>,
+    },
 }
+
+/// Most names in one [`Message::Seeds`]: 32 KiB, so that a piece is soon out of the way of others.
+pub const MAX_SEED_NAMES: usize = 4096;
 
 /// Bits that the two sides offer in [`Message::Hello`] and choose in [`Message::Welcome`].
 pub struct Features;
@@ -346,8 +359,11 @@ impl Features {
     pub const NAMED: u64 = 1 << 0;
     /// Blocks as XOR difference to the version sent before.
     pub const DELTA: u64 = 1 << 1;
+    /// Blocks named by the hash of content that the destination has in files of its own, which it
+    /// tells of by [`Message::Seeds`].
+    pub const SEEDS: u64 = 1 << 2;
     /// All that this build has.
-    pub const ALL: u64 = Self::NAMED | Self::DELTA;
+    pub const ALL: u64 = Self::NAMED | Self::DELTA | Self::SEEDS;
 }
 
 /// Block sets travel in the portable roaring format.
@@ -371,6 +387,34 @@ mod block_set {
             }
             fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<BlockSet, E> {
                 BlockSet::deserialize_from(bytes).map_err(E::custom)
+            }
+        }
+        input.deserialize_bytes(Visitor)
+    }
+}
+
+/// Names travel as bytes, eight each, little endian: random numbers as varints would take ten.
+mod names {
+    use serde::{Deserializer, Serializer, de};
+
+    pub fn serialize<S: Serializer>(names: &[u64], out: S) -> Result<S::Ok, S::Error> {
+        let bytes: Vec<u8> = names.iter().flat_map(|name| name.to_le_bytes()).collect();
+        out.serialize_bytes(&bytes)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(input: D) -> Result<Vec<u64>, D::Error> {
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = Vec<u64>;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("names of eight bytes each")
+            }
+            fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Vec<u64>, E> {
+                let (names, rest) = bytes.as_chunks::<8>();
+                if !rest.is_empty() {
+                    return Err(E::invalid_length(bytes.len(), &self));
+                }
+                Ok(names.iter().map(|name| u64::from_le_bytes(*name)).collect())
             }
         }
         input.deserialize_bytes(Visitor)

@@ -80,6 +80,10 @@ fn decoders_allocate_in_proportion() {
         Message::Cancel {
             reason: "because".repeat(20),
         },
+        Message::Seeds {
+            block_size: 65_536,
+            names: (0..4096).map(|n| n << 48).collect(),
+        },
     ];
     for message in &messages {
         let whole = encode_message(message).unwrap();

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use hybridmig_transport::Lane;
 use hybridmig_transport::codec::{
     BatchHeader, BatchTarget, BlockEncoder, EncodeError, EncoderConfig, Limits, MAX_BATCH,
-    MAX_BATCH_CONTENTS, WireError, decode_batch,
+    MAX_BATCH_CONTENTS, WireError, decode_batch, seed_name,
 };
 use hybridmig_transport::message::{Features, RegionId, RegionInfo, RegionKind};
 use proptest::prelude::*;
@@ -45,6 +45,8 @@ struct Target {
     state: BTreeMap<u64, Vec<u8>>,
     rejected: Vec<(RegionId, u32)>,
     pass: u32,
+    /// Contents in files of its own, by the names that the source was told.
+    seeds: BTreeMap<u64, Vec<u8>>,
 }
 
 impl Target {
@@ -84,6 +86,14 @@ impl BatchTarget for Target {
                 .insert((region, block), (self.pass, vec![0; SIZE]));
         }
         Ok(())
+    }
+
+    fn seed(&mut self, name: &[u8; 32], buf: &mut [u8]) -> bool {
+        let seed = self.seeds.get(&seed_name(name));
+        if let Some(data) = seed {
+            buf.copy_from_slice(data);
+        }
+        seed.is_some()
     }
 
     fn state(&mut self, offset: u64, data: &[u8]) -> Result<(), Self::Error> {
@@ -164,6 +174,34 @@ fn steps() -> impl Strategy<Value = Vec<(Vec<(u32, Contents)>, Fate)>> {
     proptest::collection::vec((writes, fate), 1..25)
 }
 
+/// One of the contents that blocks share.
+fn shared(which: u8) -> Vec<u8> {
+    Contents::Shared(which).make(&[0; SIZE])
+}
+
+fn name_of(data: &[u8]) -> u64 {
+    seed_name(blake3::hash(data).as_bytes())
+}
+
+/// Some of the shared contents as seeds; of those in `lies` the target has something else under the
+/// name, or nothing, as if a file had been changed or the name were another content's.
+fn with_seeds(encoder: &BlockEncoder, target: &mut Target, seeds: &[u8], lies: &[u8]) {
+    let mut names = Vec::new();
+    for which in seeds {
+        let name = name_of(&shared(*which));
+        names.push(name);
+        match lies.iter().position(|lie| lie == which) {
+            None => _ = target.seeds.insert(name, shared(*which)),
+            Some(0) => _ = target.seeds.insert(name, shared(77)),
+            Some(_) => {}
+        }
+    }
+    names.sort_unstable();
+    for name in names {
+        encoder.seeds().learn(SIZE as u32, vec![name]).unwrap();
+    }
+}
+
 fn encoder(config: EncoderConfig) -> BlockEncoder {
     BlockEncoder::new(config).unwrap()
 }
@@ -180,7 +218,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn no_byte_is_ever_wrong(steps in steps(), features in 0_u64..4) {
+    fn no_byte_is_ever_wrong(
+        steps in steps(),
+        features in 0_u64..8,
+        seeds in prop::sample::subsequence(vec![0_u8, 1, 2, 3], 0..=4),
+        lies in prop::sample::subsequence(vec![0_u8, 1, 2, 3], 0..=2),
+    ) {
         let regions = regions();
         let limits = Limits { regions: &regions };
         let mut encoder = encoder(EncoderConfig { features, ..small() });
@@ -188,6 +231,9 @@ proptest! {
         // Contents by pass and block, to hold what is at the destination against.
         let mut sent: BTreeMap<(u32, u32), Vec<u8>> = BTreeMap::new();
         let mut target = Target::default();
+        if features & Features::SEEDS != 0 {
+            with_seeds(&encoder, &mut target, &seeds, &lies);
+        }
         let mut on_the_way: Vec<(u8, u64, Bytes, bool)> = Vec::new();
         let mut id = 0;
         let mut apply = |encoder: &mut BlockEncoder, id, bytes: &Bytes, acknowledged| {
@@ -247,20 +293,34 @@ proptest! {
         let batch = encoder
             .encode_blocks(header(id, id as u32), RAM, SIZE as u32, &all, &plain, false)
             .unwrap();
-        let at = apply(&mut encoder, id, &batch.bytes, true);
-        prop_assert!(at.rejected.is_empty());
+        let mut at = apply(&mut encoder, id, &batch.bytes, true);
+        id += 1;
+        // A seed that is another than was told is found out once for each block.
+        let told = features & Features::SEEDS != 0 && seeds.iter().any(|seed| lies.contains(seed));
+        prop_assert!(at.rejected.is_empty() || told);
+        if !at.rejected.is_empty() {
+            let again: Vec<u32> = at.rejected.iter().map(|rejected| rejected.1).collect();
+            let plain: Vec<u8> = again.iter().flat_map(|b| source[*b as usize].clone()).collect();
+            let batch = encoder
+                .encode_blocks(header(id, id as u32), RAM, SIZE as u32, &again, &plain, false)
+                .unwrap();
+            prop_assert_eq!(batch.stats.seeded.blocks, 0);
+            at = apply(&mut encoder, id, &batch.bytes, true);
+            id += 1;
+            prop_assert!(at.rejected.is_empty());
+        }
         for block in 0..BLOCKS {
             prop_assert_eq!(&at.contents(RAM, block), &source[block as usize]);
         }
         // And what was acknowledged is named or differs: nothing goes in full again.
         if features == Features::ALL {
             let batch = encoder
-                .encode_blocks(header(id + 1, id as u32 + 1), RAM, SIZE as u32, &all, &plain, true)
+                .encode_blocks(header(id, id as u32), RAM, SIZE as u32, &all, &plain, true)
                 .unwrap();
             let full = batch.stats.raw.blocks + batch.stats.zstd.blocks;
             // All but what the small index and cache of this test had to forget.
             prop_assert!(full <= 12, "{:?}", batch.stats);
-            apply(&mut encoder, id + 1, &batch.bytes, true);
+            apply(&mut encoder, id, &batch.bytes, true);
         }
     }
 
@@ -339,13 +399,16 @@ fn sample_batch(seed: u64) -> Bytes {
     other[..SIZE / 2].reverse();
     let second = [&touched[..], &noise, &vec![0; SIZE], &text[..], &other].concat();
     let text_like = Contents::Text(!seed as u16).make(&noise);
-    let second = [&second[..], &text_like].concat();
+    let seeded = shared(200);
+    let name = name_of(&seeded);
+    encoder.seeds().learn(SIZE as u32, vec![name]).unwrap();
+    let second = [&second[..], &text_like, &seeded].concat();
     let batch = encoder
         .encode_blocks(
             header(1, 1),
             RAM,
             SIZE as u32,
-            &[1, 2, 3, 4, 5, 6],
+            &[1, 2, 3, 4, 5, 6, 7],
             &second,
             true,
         )
@@ -355,6 +418,7 @@ fn sample_batch(seed: u64) -> Bytes {
     assert!(batch.stats.named.blocks >= 1);
     assert_eq!(batch.stats.raw.blocks, 1);
     assert!(batch.stats.zstd.blocks >= 1);
+    assert_eq!(batch.stats.seeded.blocks, 1);
     batch.bytes
 }
 
@@ -407,6 +471,66 @@ fn each_kind_of_block_takes_its_form() {
 }
 
 #[test]
+fn what_the_destination_has_in_a_file_is_named_whatever_else_may_be_referred_to() {
+    let regions = regions();
+    let limits = Limits { regions: &regions };
+    let mut target = Target::default();
+    let mut encoder = encoder(small());
+    with_seeds(&encoder, &mut target, &[0, 1, 2], &[1, 2]);
+    let contents = [shared(0), shared(3), shared(1), shared(2), vec![0; SIZE]].concat();
+    let batch = encoder
+        .encode_blocks(
+            header(0, 0),
+            RAM,
+            SIZE as u32,
+            &[4, 5, 6, 7, 8],
+            &contents,
+            false,
+        )
+        .unwrap();
+    assert_eq!(batch.stats.seeded.blocks, 3);
+    assert_eq!(batch.stats.seeded.plain_bytes, 3 * SIZE as u64);
+    assert!(batch.stats.seeded.wire_bytes < 3 * 32 + 24);
+    assert_eq!(batch.stats.raw.blocks, 1);
+    let decoded = decode_batch(&batch.bytes, &limits).unwrap();
+    let stats = decoded.apply(&mut target).unwrap();
+    assert_eq!(stats.written, 3);
+    // Another content under the name, and none.
+    assert_eq!(target.rejected, [(RAM, 6), (RAM, 7)]);
+    assert!(target.blocks[&(RAM, 4)].1 == shared(0));
+    assert!(!target.blocks.contains_key(&(RAM, 6)));
+    for (region, block) in std::mem::take(&mut target.rejected) {
+        encoder.reject(region, block);
+    }
+    // They go in full from now on, as often as they are sent.
+    for id in 1..3 {
+        let batch = encoder
+            .encode_blocks(
+                header(id, id as u32),
+                RAM,
+                SIZE as u32,
+                &[4, 5, 6, 7, 8],
+                &contents,
+                false,
+            )
+            .unwrap();
+        assert_eq!(batch.stats.seeded.blocks, 1);
+        assert_eq!(batch.stats.raw.blocks, 3);
+        let decoded = decode_batch(&batch.bytes, &limits).unwrap();
+        assert_eq!(decoded.apply(&mut target).unwrap().written, 5);
+    }
+    assert!(target.blocks[&(RAM, 7)].1 == shared(2));
+    // Names of another length say nothing of these blocks.
+    let mut other = BlockEncoder::new(small()).unwrap();
+    let name = name_of(&shared(0));
+    other.seeds().learn(512, vec![name]).unwrap();
+    let batch = other
+        .encode_blocks(header(0, 0), RAM, SIZE as u32, &[4], &shared(0), true)
+        .unwrap();
+    assert_eq!(batch.stats.raw.blocks, 1);
+}
+
+#[test]
 fn a_base_or_origin_that_differs_is_rejected_and_nothing_written() {
     let regions = regions();
     let limits = Limits { regions: &regions };
@@ -414,9 +538,9 @@ fn a_base_or_origin_that_differs_is_rejected_and_nothing_written() {
     let batch = decode_batch(&bytes, &limits).unwrap();
     let mut target = Target::default();
     let stats = batch.apply(&mut target).unwrap();
-    // An empty destination has neither the base of block 1 nor what blocks 2 and 4 name.
+    // An empty destination has neither the base of block 1 nor what blocks 2, 4 and 7 name.
     assert_eq!(target.rejected.len() as u64, stats.rejected);
-    for block in [1, 2] {
+    for block in [1, 2, 7] {
         assert!(target.rejected.contains(&(RAM, block)));
         assert!(!target.blocks.contains_key(&(RAM, block)));
     }
@@ -551,6 +675,56 @@ mod by_hand {
                 "{result:?}"
             );
         }
+    }
+
+    /// A record that names `blocks` blocks of region 0 by seeds, with this payload and its checksum.
+    fn seeded(blocks: u8, payload: &[u8]) -> Vec<u8> {
+        let place = [6, 0, 1, 0, blocks];
+        let sum = xxhash_rust::xxh3::xxh3_64_with_seed(payload, xxhash_rust::xxh3::xxh3_64(&place));
+        let mut bytes = [&[1, 0, 0, 3][..], &place, &sum.to_le_bytes()].concat();
+        let mut rest = payload.len();
+        while rest >= 0x80 {
+            bytes.push(rest as u8 | 0x80);
+            rest >>= 7;
+        }
+        bytes.push(rest as u8);
+        [&bytes[..], payload].concat()
+    }
+
+    #[test]
+    fn names_of_seeds_that_nobody_told_are_rejected_and_bad_ones_refused() {
+        let regions = regions();
+        let limits = Limits { regions: &regions };
+        let batch = decode_batch(&seeded(2, &[9; 64]), &limits).unwrap();
+        assert_eq!(batch.blocks(), 2);
+        let mut target = Target::default();
+        let stats = batch.apply(&mut target).unwrap();
+        assert_eq!((stats.written, stats.rejected), (0, 2));
+        assert!(target.blocks.is_empty());
+        for (blocks, len) in [(2, 63), (2, 65), (1, 0), (1, 64), (24, 32)] {
+            let result = decode(&seeded(blocks, &vec![9; len]));
+            assert!(
+                matches!(result, Err(WireError::Length { .. })),
+                "{blocks} {len}: {result:?}"
+            );
+        }
+        let mut damaged = seeded(2, &[9; 64]);
+        *damaged.last_mut().unwrap() ^= 1;
+        assert!(matches!(decode(&damaged), Err(WireError::Checksum { .. })));
+        // A batch of names alone must not make the receiver read gigabytes.
+        let disk = [RegionInfo {
+            id: RAM,
+            kind: RegionKind::Disk,
+            name: "disk".to_owned(),
+            blocks: 1000,
+            block_size: 65_536,
+        }];
+        let limits = Limits { regions: &disk };
+        let most = (MAX_BATCH_CONTENTS / 65_536) as u8;
+        let names = |blocks: u8| vec![9; usize::from(blocks) * 32];
+        assert!(decode_batch(&seeded(most, &names(most)), &limits).is_ok());
+        let more = decode_batch(&seeded(most + 1, &names(most + 1)), &limits);
+        assert_eq!(more, Err(WireError::Contents));
     }
 
     #[test]

@@ -2,7 +2,9 @@
 //! a change of the wire needs a new protocol version.
 
 use hybridmig_transport::Lane;
-use hybridmig_transport::codec::{BatchHeader, BlockEncoder, EncoderConfig, Limits, decode_batch};
+use hybridmig_transport::codec::{
+    BatchHeader, BlockEncoder, EncoderConfig, Limits, decode_batch, seed_name,
+};
 use hybridmig_transport::frame::{decode_message, encode_frame};
 use hybridmig_transport::message::{Message, RegionId, RegionInfo, RegionKind, SessionId};
 
@@ -29,11 +31,16 @@ fn messages() {
         region: RegionId(0),
         blocks: vec![300],
     };
+    let seeds = Message::Seeds {
+        block_size: 65_536,
+        names: vec![1, 0x0807_0605_0403_0201],
+    };
     for (message, wire) in [
         (hello, HELLO),
         (missing, MISSING),
         (fetch, FETCH),
         (Message::Released, RELEASED),
+        (seeds, SEEDS),
     ] {
         let frame = encode_frame(&message).unwrap();
         assert_eq!(hex(&frame), wire, "{message:?}");
@@ -45,6 +52,9 @@ const HELLO: &str = "1d000000000101030f6879627269646d696720302e312e3001020304050
 const MISSING: &str = "210000000f021e3a300000020000000000010001000000180000001c000000010005007011";
 const FETCH: &str = "050000000a0001ac02";
 const RELEASED: &str = "010000000c";
+const SEEDS: &str = "15000000108080041001000000000000000102030405060708";
+const SEEDED: &str = "01ae02020206000109017f60255328ebb72d20c398c5c903154edaed852c0cc0\
+                      568655a3a0c41f2c6439adf4b48c1b852a7f3c";
 const BATCH: &str = "01ac020202040001080143002f735b2c78da220007c398c5c903154edaed852c0cc0\
                      568655a3a0c41f2c6439adf4b48c1b852a7f3c000001c80102b6288f964a35bbc000";
 const STATE: &str = "01ad02020205800405bb58d924f1cafb4c";
@@ -94,6 +104,13 @@ fn batches() {
     // zstd's own bytes may differ between its releases; what is before them may not.
     let state = encoder.encode_state(header(301), 512, b"state").unwrap();
     assert_eq!(hex(&state.bytes[..17]), STATE);
+    let name = seed_name(blake3::hash(&noise).as_bytes());
+    encoder.seeds().learn(512, vec![name]).unwrap();
+    let batch = encoder
+        .encode_blocks(header(302), RegionId(0), 512, &[9], &noise, false)
+        .unwrap();
+    assert_eq!(hex(&batch.bytes), SEEDED);
+    assert_eq!(decode_batch(&batch.bytes, &limits).unwrap().blocks(), 1);
 }
 
 #[test]

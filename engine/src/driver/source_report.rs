@@ -261,6 +261,7 @@ fn codecs(stats: &CodecStats) -> Vec<CodecTraffic> {
     let named = [
         ("zero", stats.zero),
         ("named", stats.named),
+        ("seeded", stats.seeded),
         ("delta", stats.xor_zstd),
         ("zstd", stats.zstd),
         ("raw", stats.raw),

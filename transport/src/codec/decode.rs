@@ -79,6 +79,7 @@ pub(super) enum Form {
     Contents(Vec<u8>),
     Delta { bases: Vec<u64>, xor: Vec<u8> },
     Named(Vec<Origin>),
+    Seeded(Vec<[u8; NAME_LEN]>),
 }
 
 /// Where a named block's content is.
@@ -225,6 +226,16 @@ impl<'a> Decoder<'a> {
             Codec::Named => {
                 verify(payload)?;
                 Form::Named(read_origins(payload, blocks, info, limits)?)
+            }
+            Codec::Seeded => {
+                // Names cost the sender little and this side the reading of their contents.
+                self.spend_u64(plain)?;
+                if payload.len() as u64 != blocks * NAME_LEN as u64 {
+                    return Err(wrong_length());
+                }
+                verify(payload)?;
+                let (names, _) = payload.as_chunks();
+                Form::Seeded(names.to_vec())
             }
             Codec::State => unreachable!("told apart by the caller"),
         };

@@ -8,11 +8,12 @@ use zstd::bulk::Compressor;
 
 use super::classify::{is_zero, looks_incompressible, xor_into};
 use super::history::History;
+use super::seeds::SeedNames;
 use super::stats::CodecStats;
 use super::varint;
 use super::wire::{
     BATCH_FORMAT, BatchHeader, Codec, MAX_BATCH, MAX_BATCH_CONTENTS, MAX_STATE, MAX_STATE_PIECE,
-    MIN_BLOCK_SIZE, checksum, put_runs, runs_of,
+    MIN_BLOCK_SIZE, NAME_LEN, checksum, put_runs, runs_of,
 };
 use crate::message::{Features, RegionId};
 
@@ -154,6 +155,8 @@ struct Look {
     index: usize,
     zero: bool,
     hash: u64,
+    /// Its name, where the destination has the contents in a file of its own.
+    seed: Option<[u8; NAME_LEN]>,
 }
 
 /// The blocks of the batch under way by form, kept between batches for their allocations. Numbers
@@ -161,6 +164,8 @@ struct Look {
 #[derive(Default)]
 struct Groups {
     zero: Vec<usize>,
+    seeded: Vec<usize>,
+    seeded_names: Vec<u8>,
     full: Vec<usize>,
     noise: Vec<usize>,
     plain: Vec<usize>,
@@ -178,6 +183,7 @@ impl Groups {
     fn clear(&mut self) {
         for blocks in [
             &mut self.zero,
+            &mut self.seeded,
             &mut self.full,
             &mut self.noise,
             &mut self.plain,
@@ -187,6 +193,7 @@ impl Groups {
         }
         self.named.clear();
         for bytes in [
+            &mut self.seeded_names,
             &mut self.delta_bases,
             &mut self.delta_xor,
             &mut self.named_origins,
@@ -250,6 +257,7 @@ impl BatchMaker {
                 index,
                 zero,
                 hash: if zero || !remember { 0 } else { xxh3_64(data) },
+                seed: None,
             });
         }
         Ok(Looked {
@@ -303,6 +311,21 @@ pub struct Looked<'a> {
 }
 
 impl<'a> Looked<'a> {
+    /// Names the blocks whose contents the destination has in files of its own. Those do not change
+    /// with the guest, so that they may be named whatever else may be referred to.
+    #[must_use]
+    pub fn with_seeds(self, seeds: &SeedNames) -> Self {
+        if seeds.serve(self.size) {
+            for look in self.maker.looks.iter_mut().filter(|look| !look.zero) {
+                let data = &self.contents[look.index * self.size..][..self.size];
+                let name = *blake3::hash(data).as_bytes();
+                let has = seeds.has(self.region, self.blocks[look.index], &name);
+                look.seed = has.then_some(name);
+            }
+        }
+        self
+    }
+
     /// Decides what the blocks may refer to, and remembers them as sent with the batch. `refer`
     /// allows forms that need what the destination should have, and checks.
     pub fn recall(
@@ -328,13 +351,24 @@ impl<'a> Looked<'a> {
         let keep = *features & Features::DELTA != 0;
         let BatchMaker { looks, groups, .. } = &mut *self.maker;
         groups.clear();
-        for Look { index, zero, hash } in looks.drain(..) {
+        for look in looks.drain(..) {
+            let Look {
+                index, zero, hash, ..
+            } = look;
             let block = self.blocks[index];
             let data = &self.contents[index * size..][..size];
             let in_full = history.take_in_full(region, block);
             if zero {
                 groups.zero.push(index);
                 history.sent_zero(region, block, batch);
+                continue;
+            }
+            if let Some(name) = look.seed.filter(|_| !in_full) {
+                groups.seeded.push(index);
+                groups.seeded_names.extend_from_slice(&name);
+                if remember {
+                    history.sent(region, block, batch, data, hash, keep);
+                }
                 continue;
             }
             let refer = if in_full || !remember {
@@ -410,6 +444,13 @@ impl Sorted<'_> {
             let plain = g.named.len() * size;
             let payload = [&g.named_origins[..]];
             out.record(Codec::Named, g.named.len(), plain, &place, sum, &payload);
+        }
+        if !g.seeded.is_empty() {
+            let place = place(Codec::Seeded, &mut g.seeded.iter().copied());
+            let sum = checksum(&place, &g.seeded_names);
+            let plain = g.seeded.len() * size;
+            let payload = [&g.seeded_names[..]];
+            out.record(Codec::Seeded, g.seeded.len(), plain, &place, sum, &payload);
         }
         if !g.delta.is_empty() {
             let place = place(Codec::XorZstd, &mut g.delta.iter().copied());
@@ -501,6 +542,7 @@ fn side_by_side<'a>(
 /// thread.
 pub struct BlockEncoder {
     memory: EncoderMemory,
+    seeds: SeedNames,
     maker: BatchMaker,
 }
 
@@ -509,6 +551,7 @@ impl BlockEncoder {
     pub fn new(config: EncoderConfig) -> Result<Self, EncodeError> {
         Ok(Self {
             memory: EncoderMemory::new(&config),
+            seeds: SeedNames::default(),
             maker: BatchMaker::new(config.level)?,
         })
     }
@@ -531,6 +574,7 @@ impl BlockEncoder {
         let remember = self.memory.features & (Features::NAMED | Features::DELTA) != 0;
         self.maker
             .look(region, block_size, blocks, contents, remember)?
+            .with_seeds(&self.seeds)
             .recall(&mut self.memory, header.id, refer.into())?
             .write(header)
     }
@@ -552,8 +596,14 @@ impl BlockEncoder {
         self.memory.acknowledge(batch);
     }
 
+    /// What the destination has in files of its own.
+    pub fn seeds(&self) -> &SeedNames {
+        &self.seeds
+    }
+
     /// See [`EncoderMemory::reject`].
     pub fn reject(&mut self, region: RegionId, block: u32) {
+        self.seeds.refuse(region, block);
         self.memory.reject(region, block);
     }
 }
@@ -638,7 +688,7 @@ impl BatchWriter {
 
     fn finish(self) -> EncodedBatch {
         // Worst case: all contents raw, plus for every block of 512 bytes a run (6 bytes), a base
-        // or a name (8 + 40 bytes), plus zstd's bound and five records' headers.
+        // or a name (8 + 40 bytes), plus zstd's bound and six records' headers.
         debug_assert!(self.bytes.len() <= MAX_BATCH, "{} bytes", self.bytes.len());
         EncodedBatch {
             bytes: self.bytes.into(),

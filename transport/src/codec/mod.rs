@@ -2,8 +2,9 @@
 //! the bytes that arrive. A batch describes itself completely, so that batches can arrive in any
 //! order. Nothing here knows of connections or guests.
 //!
-//! - [`BlockEncoder`] chooses for every block the cheapest form: zero, named, difference,
-//!   compressed, as it is.
+//! - [`BlockEncoder`] chooses for every block the cheapest form: zero, named (by what the
+//!   destination has in files of its own, [`SeedNames`], or was sent before), difference, compressed,
+//!   as it is.
 //! - [`decode_batch`] checks everything that can be checked without the guest, [`Batch::apply`]
 //!   does the rest against a [`BatchTarget`].
 
@@ -12,6 +13,7 @@ mod classify;
 mod decode;
 mod encode;
 mod history;
+mod seeds;
 mod stats;
 mod varint;
 mod wire;
@@ -22,6 +24,7 @@ pub use encode::{
     BatchMaker, BlockEncoder, EncodeError, EncodedBatch, EncoderConfig, EncoderMemory, Looked,
     Refer, Sorted,
 };
+pub use seeds::{MAX_SEED_PIECES, SeedNames, SeedNamesError, seed_name};
 pub use stats::{CodecCount, CodecStats};
 pub use wire::{
     BATCH_FORMAT, BatchHeader, Codec, Limits, MAX_BATCH, MAX_BATCH_CONTENTS, MAX_STATE,

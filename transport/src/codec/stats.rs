@@ -39,6 +39,8 @@ pub struct CodecStats {
     pub named: CodecCount,
     /// Pieces of the device state.
     pub state: CodecCount,
+    /// Blocks named by content that the destination has in files of its own.
+    pub seeded: CodecCount,
 }
 
 impl CodecStats {
@@ -68,6 +70,7 @@ impl CodecStats {
             Codec::XorZstd => &self.xor_zstd,
             Codec::Named => &self.named,
             Codec::State => &self.state,
+            Codec::Seeded => &self.seeded,
         }
     }
 
@@ -79,15 +82,17 @@ impl CodecStats {
             Codec::XorZstd => &mut self.xor_zstd,
             Codec::Named => &mut self.named,
             Codec::State => &mut self.state,
+            Codec::Seeded => &mut self.seeded,
         }
     }
 
-    const CODECS: [Codec; 6] = [
+    const CODECS: [Codec; 7] = [
         Codec::Zero,
         Codec::Raw,
         Codec::Zstd,
         Codec::XorZstd,
         Codec::Named,
         Codec::State,
+        Codec::Seeded,
     ];
 }

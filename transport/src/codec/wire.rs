@@ -52,6 +52,8 @@ pub enum Codec {
     Named = 4,
     /// A piece of the device state as one zstd frame.
     State = 5,
+    /// For each block the BLAKE3 of its contents, which the destination has in a file of its own.
+    Seeded = 6,
 }
 
 impl Codec {
@@ -63,6 +65,7 @@ impl Codec {
             3 => Self::XorZstd,
             4 => Self::Named,
             5 => Self::State,
+            6 => Self::Seeded,
             other => return Err(WireError::Codec(other)),
         })
     }

@@ -68,7 +68,8 @@ impl DestinationMachine {
             | Message::Fetch { .. }
             | Message::AllPlaced(_)
             | Message::Status { .. }
-            | Message::Missing { .. } => {
+            | Message::Missing { .. }
+            | Message::Seeds { .. } => {
                 self.violation(now, "it sent a message that only a destination sends");
             }
         }

@@ -37,6 +37,8 @@ impl SourceMachine {
                 missing_pieces,
             } => self.status(now, standing, missing_pieces),
             Message::Missing { region, blocks } => self.missing_piece(now, region, blocks),
+            // The data plane takes those that come where they belong.
+            Message::Seeds { .. } => self.violation("names of seeds on the control lane"),
             other @ (Message::Hello { .. }
             | Message::Offer(_)
             | Message::Behind { .. }
@@ -225,5 +227,6 @@ fn name(message: &Message) -> &'static str {
         Message::Cancel { .. } => "a cancel",
         Message::Status { .. } => "a status",
         Message::Missing { .. } => "a set of missing blocks",
+        Message::Seeds { .. } => "names of seeds",
     }
 }
