@@ -270,6 +270,11 @@ pub struct RecvArgs {
     /// Let the disks that come replace images that have contents.
     #[arg(long)]
     pub overwrite_disks: bool,
+    /// Files or block devices with contents that the guest's disks may have too: an old copy, the
+    /// image that a disk was made from, what an earlier migration left. They are read before it
+    /// listens, and blocks that are in them are named instead of sent (docs/seeds.md). Never written.
+    #[arg(long, value_name = "FILE", num_args = 1.., value_hint = ValueHint::FilePath)]
+    pub seed: Vec<PathBuf>,
     /// After the last block has arrived, let the guest verify all of its contents, where it can.
     #[arg(long)]
     pub verify: bool,

@@ -2,10 +2,12 @@
 //! seconds elsewhere.
 
 use std::io::IsTerminal;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use hybridmig_engine::driver::destination::Waiting;
 use hybridmig_engine::regions::PAGE;
+use hybridmig_engine::seeds::SeedProgress;
 use hybridmig_engine::session::io::{LinkFigures, Phase};
 use hybridmig_engine::session::source::SourceProgress;
 use hybridmig_transport::message::Mode;
@@ -178,6 +180,67 @@ fn silence(linked: bool, silent: Duration, gives_up_in: Option<Duration>) -> Str
     text
 }
 
+/// Shows how far the reading of seeds is.
+pub struct SeedView {
+    quiet: bool,
+    bar: ProgressBar,
+    began: Instant,
+    /// When the last plain line came.
+    line: Mutex<Instant>,
+}
+
+impl SeedView {
+    /// Starts to show.
+    pub fn start(quiet: bool) -> Self {
+        let bar = if std::io::stderr().is_terminal() && !quiet {
+            ProgressBar::new(1)
+        } else {
+            ProgressBar::hidden()
+        };
+        bar.set_style(
+            ProgressStyle::with_template("reading seeds [{bar:30}] {percent:>3}% {msg}")
+                .expect("a constant template")
+                .progress_chars("=> "),
+        );
+        let began = Instant::now();
+        Self {
+            quiet,
+            bar,
+            began,
+            line: Mutex::new(began),
+        }
+    }
+
+    /// Shows this.
+    pub fn show(&self, SeedProgress { read, total }: SeedProgress) {
+        let text = || {
+            let rate = read as f64 / self.began.elapsed().as_secs_f64().max(1e-3);
+            format!(
+                "{} of {}, {}/s",
+                show_bytes(read),
+                show_bytes(total),
+                show_bytes(rate as u64)
+            )
+        };
+        if !self.bar.is_hidden() {
+            self.bar.set_length(total.max(1));
+            self.bar.set_position(read);
+            self.bar.set_message(text());
+            return;
+        }
+        let mut line = self.line.lock().expect("not poisoned");
+        if !self.quiet && line.elapsed() >= LINE {
+            *line = Instant::now();
+            eprintln!("reading seeds: {}", text());
+        }
+    }
+
+    /// Ends it.
+    pub fn finish(self) {
+        self.bar.finish_and_clear();
+    }
+}
+
 /// Shows a destination's progress until the watched sender is gone.
 pub struct DestinationView {
     task: Option<JoinHandle<()>>,
@@ -220,6 +283,10 @@ async fn show_destination(mut shown: watch::Receiver<Waiting>) {
                     progress.batches,
                     progress.missing
                 );
+                if progress.seeded > 0 {
+                    let bytes = show_bytes(progress.seeded_bytes);
+                    text.push_str(&format!(", {} ({bytes}) from seeds", progress.seeded));
+                }
                 if progress.faults > 0 {
                     text.push_str(&format!(", {} faults", progress.faults));
                 }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use hybridmig_engine::driver::level::LevelsUsed;
-use hybridmig_engine::report::{Kind, PhaseTraffic, Report};
+use hybridmig_engine::report::{CodecTraffic, Kind, PhaseTraffic, Report};
 use hybridmig_engine::session::io::{DestinationOutcome, SourceOutcome};
 
 use crate::units::{show_bytes, show_rate, show_time};
@@ -160,6 +160,9 @@ pub fn figures(report: &Report) -> String {
         table.row("memory", kind(&kinds.memory));
         table.row("storage", kind(&kinds.storage));
     }
+    if let Some(text) = from_seeds(report) {
+        table.row("from seeds", text);
+    }
     if let Some(faults) = &report.faults {
         let mut text = format!(
             "{} over the network, {} answered at the destination",
@@ -204,6 +207,32 @@ pub fn figures(report: &Report) -> String {
         table.row("note", note.clone());
     }
     table.text()
+}
+
+/// What was not sent because the destination had it in files.
+fn from_seeds(report: &Report) -> Option<String> {
+    let blocks = |blocks, bytes| format!("{blocks} blocks ({})", show_bytes(bytes));
+    if let Some(used) = &report.seeds {
+        let mut text = blocks(used.blocks, used.bytes);
+        if used.missed > 0 {
+            let _ = write!(text, "; {} more were no longer there", used.missed);
+        }
+        for file in &used.changed {
+            let _ = write!(text, "; {file} was written to meanwhile");
+        }
+        return Some(text);
+    }
+    let codecs = report.traffic.iter().flat_map(|phase| &phase.codecs);
+    let seeded: Vec<_> = codecs.filter(|codec| codec.codec == "seeded").collect();
+    let sum = |field: fn(&CodecTraffic) -> u64| seeded.iter().map(|codec| field(codec)).sum();
+    let count: u64 = sum(|codec| codec.blocks);
+    (count > 0).then(|| {
+        format!(
+            "{}, named in {}",
+            blocks(count, sum(|codec| codec.plain_bytes)),
+            show_bytes(sum(|codec| codec.wire_bytes))
+        )
+    })
 }
 
 fn traffic(table: &mut Table, phase: &PhaseTraffic) {

@@ -51,6 +51,9 @@ pub struct Report {
     /// Memory and storage apart (source only).
     #[serde(default)]
     pub kinds: Option<Kinds>,
+    /// Seeds, where there were any (destination only).
+    #[serde(default)]
+    pub seeds: Option<SeedsUsed>,
     /// Levels of compression on the bulk lane (source only).
     #[serde(default)]
     pub compression: Option<LevelsUsed>,
@@ -92,6 +95,7 @@ impl Report {
             downtime: None,
             traffic: Vec::new(),
             kinds: None,
+            seeds: None,
             compression: None,
             rounds: Vec::new(),
             faults: None,
@@ -203,7 +207,7 @@ pub struct PhaseTraffic {
 /// What moved in one kind of record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CodecTraffic {
-    /// `zero`, `named`, `delta`, `zstd`, `raw` or `state`.
+    /// `zero`, `named`, `seeded`, `delta`, `zstd`, `raw` or `state`.
     pub codec: String,
     /// Blocks (for `state`: pieces).
     pub blocks: u64,
@@ -211,6 +215,25 @@ pub struct CodecTraffic {
     pub plain_bytes: u64,
     /// Bytes that they took in batches.
     pub wire_bytes: u64,
+}
+
+/// What came of seeds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeedsUsed {
+    /// The files.
+    pub files: Vec<String>,
+    /// Contents in them, each counted once, without zeroes.
+    pub contents: u64,
+    /// Length of a content.
+    pub block_size: u32,
+    /// Blocks copied from them.
+    pub blocks: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Blocks that were named and not there any more, and so sent in full.
+    pub missed: u64,
+    /// Files that were written to since they were read.
+    pub changed: Vec<String>,
 }
 
 /// One round of pre-copy.

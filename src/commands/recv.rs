@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::Context;
 use hybridmig_engine::blocks::Blocks;
@@ -11,6 +12,7 @@ use hybridmig_engine::driver::take_over::{self, TakeOverJob, TakenOver};
 use hybridmig_engine::guest::qemu::{QemuDestination, QemuDestinationOptions, QemuOrigin};
 use hybridmig_engine::guest::workload::{Launch, WorkloadDestination};
 use hybridmig_engine::guest::{DestinationGuest, FaultSink, GuestResult};
+use hybridmig_engine::seeds::{MAX_SEED_BLOCKS, SEED_BLOCK, Seeds};
 use hybridmig_engine::session::destination::DestinationConfig;
 use hybridmig_engine::session::io::DestinationOutcome;
 use hybridmig_pager::PlacerConfig;
@@ -23,13 +25,15 @@ use super::{
     transport_config, write_report,
 };
 use crate::cli::RecvArgs;
-use crate::progress::DestinationView;
+use crate::progress::{DestinationView, SeedView};
 use crate::show;
+use crate::units::{show_bytes, show_time};
 
 /// Waits for a guest and takes it.
 pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
     let (identity, trust) = identity_and_trust(&args.trust)?;
     let fingerprint = identity.fingerprint();
+    let seeds = read_seeds(&args.seed, args.output.quiet)?;
     let state_dir = state_dir(args.output.state_dir.as_deref())?;
     let kept = Kept::new(args.guest.take_over.as_deref(), &state_dir)?;
     let config = DestinationConfig {
@@ -74,6 +78,7 @@ pub fn run(args: RecvArgs) -> anyhow::Result<ExitCode> {
                 state_dir,
                 keep_in: Some(kept.path().to_owned()),
                 verify: args.verify,
+                seeds: seeds.map(Arc::new),
             };
             let run = destination::run(job, cancel, progress).await;
             run.context("no guest came")
@@ -167,6 +172,33 @@ fn adopt(
         guest: Arc::new(guest),
         missing,
     })
+}
+
+/// Reads the seeds, where there are any; what came of it is said on standard error.
+fn read_seeds(files: &[PathBuf], quiet: bool) -> anyhow::Result<Option<Seeds>> {
+    if files.is_empty() {
+        return Ok(None);
+    }
+    let began = Instant::now();
+    let view = SeedView::start(quiet);
+    let seeds = Seeds::read(files, SEED_BLOCK, &|progress| view.show(progress))?;
+    view.finish();
+    let size = show_bytes(u64::from(SEED_BLOCK));
+    if seeds.cut_off() {
+        eprintln!(
+            "warning: the seeds have more than {MAX_SEED_BLOCKS} blocks of {size}; those beyond are \
+             not used: name the files that matter most first"
+        );
+    }
+    if !quiet {
+        let held = show_bytes(seeds.len() as u64 * u64::from(SEED_BLOCK));
+        eprintln!(
+            "seeds: {} blocks of {size} ({held}) that need not be sent, read in {}",
+            seeds.len(),
+            show_time(began.elapsed())
+        );
+    }
+    Ok(Some(seeds))
 }
 
 fn open(args: &RecvArgs, kept: &Path) -> anyhow::Result<Arc<dyn DestinationGuest>> {

@@ -60,6 +60,27 @@ fn a_destination_with_another_fingerprint_is_refused() -> Result<()> {
 }
 
 #[test]
+fn a_seed_that_cannot_be_read_is_refused_before_anyone_is_waited_for() -> Result<()> {
+    let (a, b) = (Host::new()?, Host::new()?);
+    for (seed, why) in [
+        (b.path("missing.img"), "missing.img"),
+        (b.path("."), "neither a file nor a block device"),
+    ] {
+        let mut command = b.command("recv", &a)?;
+        command
+            .args(["--listen", "127.0.0.1:0", "--workload"])
+            .arg(b.path("never.sock"))
+            .arg("--seed")
+            .arg(seed);
+        let output = command.output()?;
+        ensure!(output.status.code() == Some(1), "{}", output.status);
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(said.contains(why) && !said.contains("listening"), "{said}");
+    }
+    Ok(())
+}
+
+#[test]
 fn without_a_peer_nothing_begins() -> Result<()> {
     let a = Host::new()?;
     let guest = Guest::start(&a, 16)?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use hybridmig_transport::endpoint::Endpoint;
 use hybridmig_transport::error::{CloseCode, TransportError};
 use hybridmig_transport::link::{ControlReceiver, ControlSender, Link};
-use hybridmig_transport::message::{Message, Offer, Refusal, RefusalCode, SessionId};
+use hybridmig_transport::message::{Features, Message, Offer, Refusal, RefusalCode, SessionId};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
@@ -23,6 +23,7 @@ use super::{DriverError, LinkTasks, say_goodbye, say_goodbye_briefly, wait_until
 use crate::guest::{DestinationGuest, GuestResult};
 use crate::journal::{Context, Journal};
 use crate::report::{Report, Verified};
+use crate::seeds::Seeds;
 use crate::session::destination::{DestinationConfig, DestinationMachine, DestinationProgress};
 use crate::session::io::{
     DestinationCommand, DestinationInput, DestinationOutcome, DestinationRecord,
@@ -55,6 +56,8 @@ pub struct DestinationJob {
     pub keep_in: Option<PathBuf>,
     /// Ask the guest to verify its contents at the end.
     pub verify: bool,
+    /// Files whose contents need not be sent.
+    pub seeds: Option<Arc<Seeds>>,
 }
 
 /// How it ended.
@@ -206,7 +209,7 @@ async fn serve(
     let session = Session {
         id: first.session,
         machine: DestinationMachine::new(job.config.clone()),
-        plane: ApplyPlane::start(job.guest.clone(), inputs.clone())?,
+        plane: ApplyPlane::start(job.guest.clone(), inputs.clone(), job.seeds.clone())?,
         inputs,
         queue,
         first: Some(first),
@@ -280,6 +283,7 @@ pub(super) async fn conduct(
         sampler,
         peer_software: None,
         version: None,
+        features: 0,
         offer,
     };
     if let Some(first) = first {
@@ -333,6 +337,7 @@ struct Driver {
     sampler: Arc<Sampler>,
     peer_software: Option<String>,
     version: Option<u16>,
+    features: u64,
     offer: Option<Offer>,
 }
 
@@ -368,8 +373,11 @@ impl Driver {
                 }
                 _ = measure.tick() => {
                     let received = self.tasks.as_ref().map(LinkTasks::received);
+                    let traffic = self.plane.traffic();
                     progress.send_replace(Waiting::Session(Box::new(DestinationProgress {
                         silent: self.silence.look(Instant::now(), received),
+                        seeded: traffic.seeded,
+                        seeded_bytes: traffic.seeded_bytes,
                         ..self.machine.progress(self.started.elapsed())
                     })));
                     continue;
@@ -420,10 +428,18 @@ impl Driver {
                     self.send(Message::AllPlaced(summary));
                 }
                 DestinationCommand::Send(message) => {
-                    if let Message::Welcome { version, .. } = &message {
+                    if let Message::Welcome {
+                        version, features, ..
+                    } = &message
+                    {
                         self.version = Some(*version);
+                        self.features = *features;
                     }
+                    let resumed = matches!(message, Message::Status { .. });
                     self.send(message);
+                    if resumed {
+                        self.tell_of_seeds();
+                    }
                 }
                 DestinationCommand::Fetch { region, blocks } => {
                     if self.tasks.is_some()
@@ -438,8 +454,12 @@ impl Driver {
                     }
                 }
                 DestinationCommand::Finish(outcome) => return Some(outcome),
+                DestinationCommand::Prepare(_) => {
+                    // Beside the preparation: the source should know before it sends.
+                    self.tell_of_seeds();
+                    self.worker.submit(Task::Command(command));
+                }
                 DestinationCommand::Check(_)
-                | DestinationCommand::Prepare(_)
                 | DestinationCommand::Arm { .. }
                 | DestinationCommand::LoadState { .. }
                 | DestinationCommand::Resume
@@ -456,6 +476,14 @@ impl Driver {
     fn send(&self, message: Message) {
         if let Some(tasks) = &self.tasks {
             tasks.send(message);
+        }
+    }
+
+    fn tell_of_seeds(&mut self) {
+        if self.features & Features::SEEDS != 0
+            && let (Some(link), Some(tasks)) = (&self.last_link, &mut self.tasks)
+        {
+            self.plane.tell_of_seeds(link, tasks);
         }
     }
 
@@ -604,7 +632,7 @@ fn worker(
                 .map(|()| DestinationInput::Abandoned),
             Task::Command(command) => match command {
                 DestinationCommand::Check(offer) => {
-                    Ok(DestinationInput::Checked(guest.check(&offer)))
+                    Ok(DestinationInput::Checked(check(&guest, &plane, &offer)))
                 }
                 DestinationCommand::Prepare(offer) => {
                     context.guest.clone_from(&offer.guest.name);
@@ -655,6 +683,28 @@ fn worker(
         let _ = inputs.blocking_send(input);
     };
     Worker::spawn("guest", execute).map_err(DriverError::Thread)
+}
+
+fn check(
+    guest: &Arc<dyn DestinationGuest>,
+    plane: &ApplyPlane,
+    offer: &Offer,
+) -> Result<Vec<String>, Refusal> {
+    let mut notes = guest.check(offer)?;
+    if let Some(what) = plane.conflicting_seed() {
+        return Err(Refusal {
+            code: RefusalCode::Guest,
+            reasons: vec![what],
+        });
+    }
+    if let Some(seeds) = plane.seeds() {
+        notes.push(format!(
+            "seeds: {} blocks of {} KiB need not be sent",
+            seeds.len(),
+            seeds.block_size() >> 10
+        ));
+    }
+    Ok(notes)
 }
 
 fn write_journal(

@@ -2,6 +2,7 @@
 //! armed blocks are written in the order of their passes; from then on they are placed, and only
 //! where they are missing: what the guest has written since is never overwritten.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::thread;
@@ -21,6 +22,7 @@ use super::source::chain;
 use super::{DriverError, LinkTasks};
 use crate::blocks::{Blocks, RegionId};
 use crate::guest::{BlockedTime, DestinationGuest, GuestError, GuestResult};
+use crate::seeds::Seeds;
 use crate::session::io::{AppliedBatch, DestinationInput, Lane};
 use crate::session::ledger::Ledger;
 
@@ -38,6 +40,12 @@ pub struct Traffic {
     pub before: CodecStats,
     /// Since then.
     pub after: CodecStats,
+    /// Blocks copied from seeds.
+    pub seeded: u64,
+    /// Their bytes.
+    pub seeded_bytes: u64,
+    /// Blocks that no seed had any more.
+    pub unseeded: u64,
 }
 
 /// State shared by the driver, the applying threads and the fault threads.
@@ -53,6 +61,9 @@ pub struct ApplyPlane {
     blocked: OnceLock<BlockedTime>,
     /// Whether the operator has been told that blocks cannot be placed.
     complained: AtomicBool,
+    seeds: Option<Arc<Seeds>>,
+    /// Whether the source has been told of all seeds.
+    told: Arc<AtomicBool>,
     front: channel::Sender<Bytes>,
     bulk: channel::Sender<Bytes>,
     stop: Mutex<Option<Stop>>,
@@ -88,6 +99,7 @@ impl ApplyPlane {
     pub fn start(
         guest: Arc<dyn DestinationGuest>,
         inputs: mpsc::Sender<DestinationInput>,
+        seeds: Option<Arc<Seeds>>,
     ) -> Result<Arc<Self>, DriverError> {
         let (front, front_queue) = channel::bounded(WAITING);
         let (bulk, bulk_queue) = channel::bounded(WAITING);
@@ -102,6 +114,8 @@ impl ApplyPlane {
             resumed: OnceLock::new(),
             blocked: OnceLock::new(),
             complained: AtomicBool::new(false),
+            seeds,
+            told: Arc::new(AtomicBool::new(false)),
             front,
             bulk,
             stop: Mutex::new(None),
@@ -146,6 +160,40 @@ impl ApplyPlane {
         ));
     }
 
+    /// Tells the source what the seeds hold, over this link, unless it knows all of it. On the bulk
+    /// lane: acknowledgements and faults go before it.
+    pub fn tell_of_seeds(&self, link: &Link, tasks: &mut LinkTasks) {
+        let Some(seeds) = self.seeds.clone() else {
+            return;
+        };
+        if self.told.load(Ordering::Relaxed) {
+            return;
+        }
+        let (link, told) = (link.clone(), self.told.clone());
+        tasks.spawn(async move {
+            for piece in seeds.pieces() {
+                if let Err(error) = link.send_message(Lane::Bulk, &piece).await {
+                    // The end of the link is an input of its own; the next one is told anew.
+                    tracing::debug!("the source was not told of all seeds: {error}");
+                    return;
+                }
+            }
+            told.store(true, Ordering::Relaxed);
+        });
+    }
+
+    /// Why the seeds cannot serve this guest: one is what it is written to.
+    pub fn conflicting_seed(&self) -> Option<String> {
+        let seeds = self.seeds.as_ref()?;
+        let written: Vec<PathBuf> = self.guest.written_files();
+        written.iter().find_map(|path| seeds.conflict(path))
+    }
+
+    /// The seeds, where there are any.
+    pub fn seeds(&self) -> Option<&Seeds> {
+        self.seeds.as_deref()
+    }
+
     /// Asks for blocks on the urgent lane.
     pub fn fetch(link: Link, region: RegionId, blocks: Vec<u32>) {
         tokio::spawn(async move {
@@ -162,6 +210,9 @@ impl ApplyPlane {
         self.guest
             .prepare(offer)
             .map_err(|error| format!("preparing the guest: {}", error.chain()))?;
+        if let Some(what) = self.conflicting_seed() {
+            return Err(what);
+        }
         *self.stage.write().expect("not poisoned") =
             Stage::Write(Box::new(Mutex::new(Ledger::new(&offer.regions))));
         self.regions
@@ -364,6 +415,17 @@ impl ApplyPlane {
                     &mut traffic.after
                 };
                 counter.merge(&stats.codecs);
+                if let Some(seeds) = &self.seeds {
+                    traffic.seeded += stats.seeded;
+                    traffic.seeded_bytes += stats.seeded * u64::from(seeds.block_size());
+                    if traffic.unseeded == 0 && stats.unseeded > 0 {
+                        tracing::warn!(
+                            "a seed no longer holds what it held when it was read; such blocks \
+                             are sent in full"
+                        );
+                    }
+                    traffic.unseeded += stats.unseeded;
+                }
                 DestinationInput::Applied(applied)
             }
             Err(error) => match &*stage {
@@ -401,6 +463,12 @@ impl ApplyPlane {
                 .extend(lacking.map(|block| (region, block)));
         }
         DestinationInput::Applied(applied)
+    }
+
+    fn copy_seed(&self, name: &[u8; 32], buffer: &mut [u8]) -> bool {
+        self.seeds
+            .as_ref()
+            .is_some_and(|seeds| seeds.copy(name, buffer))
     }
 
     fn keep_state(&self, offset: u64, data: &[u8]) -> GuestResult<()> {
@@ -470,6 +538,10 @@ impl BatchTarget for Writing<'_> {
         self.plane.guest.read(region, block, buffer)
     }
 
+    fn seed(&mut self, name: &[u8; 32], buffer: &mut [u8]) -> bool {
+        self.plane.copy_seed(name, buffer)
+    }
+
     fn write(&mut self, region: RegionId, first: u32, data: &[u8]) -> GuestResult<()> {
         self.plane.guest.write(region, first, data)?;
         self.in_place(region, first, self.plane.count(region, data));
@@ -524,6 +596,10 @@ impl BatchTarget for Placing<'_> {
         // fails the record's own check, and its blocks are rejected.
         buffer.fill(0);
         Ok(())
+    }
+
+    fn seed(&mut self, name: &[u8; 32], buffer: &mut [u8]) -> bool {
+        self.plane.copy_seed(name, buffer)
     }
 
     fn write(&mut self, region: RegionId, first: u32, data: &[u8]) -> GuestResult<()> {

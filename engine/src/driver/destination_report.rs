@@ -1,5 +1,6 @@
 //! The destination's summary for the source, and its own report.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use hybridmig_transport::link::Link;
@@ -11,7 +12,7 @@ use super::sampler::Sampler;
 use super::silence::Silence;
 use super::source_report::phase;
 use crate::guest::DestinationGuest;
-use crate::report::{Faults, Report, Side, Times, Verified};
+use crate::report::{Faults, Report, SeedsUsed, Side, Times, Verified};
 use crate::session::io::DestinationOutcome;
 
 /// Speed samples in a summary.
@@ -101,6 +102,10 @@ pub struct Facts<'a> {
     pub guest: &'a dyn DestinationGuest,
 }
 
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
+
 /// Makes the report.
 pub fn build(facts: Facts<'_>) -> Report {
     let mut report = Report::new(Side::Destination, facts.session, facts.started_unix);
@@ -127,6 +132,15 @@ pub fn build(facts: Facts<'_>) -> Report {
         phase("pre-copy", &traffic.before),
         phase("post-copy", &traffic.after),
     ];
+    report.seeds = facts.plane.seeds().map(|seeds| SeedsUsed {
+        files: seeds.paths().map(shown).collect(),
+        contents: seeds.len() as u64,
+        block_size: seeds.block_size(),
+        blocks: traffic.seeded,
+        bytes: traffic.seeded_bytes,
+        missed: traffic.unseeded,
+        changed: seeds.changed().into_iter().map(shown).collect(),
+    });
     let min_rtt = facts
         .link
         .map_or(Duration::ZERO, |link| link.stats().min_rtt);

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use hybridmig_transport::codec::{
     BatchHeader, BatchMaker, CodecStats, EncodeError, EncoderConfig, EncoderMemory, Refer,
+    SeedNames,
 };
 use hybridmig_transport::error::CloseCode;
 use hybridmig_transport::link::{Incoming, Link};
@@ -57,6 +58,8 @@ pub struct DataPlane {
     traffic: Mutex<Traffic>,
     /// What was sent: for differences and names.
     memory: Recollection,
+    /// What the destination has in files of its own.
+    seeds: SeedNames,
     /// Where encoded batches go: the current link's senders.
     exits: Mutex<Option<Exits>>,
     /// Forms of records that the encoder uses.
@@ -142,6 +145,7 @@ impl DataPlane {
             state: Mutex::new(Arc::new(Vec::new())),
             traffic: Mutex::new(Traffic::default()),
             memory: Recollection::new(&EncoderConfig::default()),
+            seeds: SeedNames::default(),
             exits: Mutex::new(None),
             features: AtomicU64::new(Features::ALL),
             level: AtomicI32::new(level.first()),
@@ -186,9 +190,34 @@ impl DataPlane {
                 }
             });
         }
+        if let SourceInput::Message(Message::Applied { rejected, .. }) = &input {
+            // Before the machine hands the blocks out again.
+            for (region, block) in rejected {
+                let info = self.guest.regions().get(usize::from(region.0));
+                // Others are the peer's error; the machine judges it.
+                if info.is_some_and(|info| *block < info.blocks) {
+                    self.seeds.refuse(*region, *block);
+                }
+            }
+        }
         let now = self.started.elapsed();
         self.machine().handle(now, input);
         self.changed.notify_all();
+    }
+
+    /// Learns a piece of what the destination has in files of its own; what is wrong with it, if
+    /// anything is. It may come before the welcome, which travels on another stream.
+    fn learn(&self, block_size: u32, names: Vec<u64>) -> Result<(), String> {
+        if !self.has_seeds() {
+            return Err("names of seeds, which it has not agreed to".to_owned());
+        }
+        self.seeds
+            .learn(block_size, names)
+            .map_err(|error| error.to_string())
+    }
+
+    fn has_seeds(&self) -> bool {
+        self.features.load(Ordering::Relaxed) & Features::SEEDS != 0
     }
 
     /// Uses only the forms of records that both sides have. Comes before the first batch; where it
@@ -269,7 +298,7 @@ impl DataPlane {
         for queue in [urgent_queue, front_queue, bulk_queue] {
             tasks.spawn(send_loop(link.clone(), queue, self.inputs.clone()));
         }
-        tasks.spawn(receive_loop(link.clone(), self.inputs.clone()));
+        tasks.spawn(receive_loop(link.clone(), self.clone()));
     }
 
     /// Ends the threads.
@@ -402,7 +431,14 @@ impl DataPlane {
                     &encoder.contents,
                     place.is_some(),
                 );
-                let sorted = looked.and_then(|looked| match place {
+                let sorted = looked.map(|looked| {
+                    if self.has_seeds() {
+                        looked.with_seeds(&self.seeds)
+                    } else {
+                        looked
+                    }
+                });
+                let sorted = sorted.and_then(|looked| match place {
                     Some(place) => place.recall(looked, chunk.batch, chunk.refer),
                     None => looked.recall(&mut encoder.nothing, chunk.batch, Refer::Nothing),
                 });
@@ -473,14 +509,23 @@ async fn send_loop(
     }
 }
 
-async fn receive_loop(link: Link, inputs: mpsc::Sender<SourceInput>) {
+async fn receive_loop(link: Link, plane: Arc<DataPlane>) {
     loop {
         let input = match link.next_incoming().await {
             Ok(Incoming::Message(message)) if is_fetch(&message) => SourceInput::Message(message),
+            Ok(Incoming::Message(Message::Seeds { block_size, names })) => {
+                match plane.learn(block_size, names) {
+                    Ok(()) => continue,
+                    Err(what) => {
+                        link.close(CloseCode::PROTOCOL, &what);
+                        return;
+                    }
+                }
+            }
             Ok(_) => {
                 link.close(
                     CloseCode::PROTOCOL,
-                    "a source takes only fetches outside of the control lane",
+                    "a source takes only fetches and names of seeds outside of the control lane",
                 );
                 return;
             }
@@ -489,7 +534,7 @@ async fn receive_loop(link: Link, inputs: mpsc::Sender<SourceInput>) {
                 return;
             }
         };
-        if inputs.send(input).await.is_err() {
+        if plane.inputs.send(input).await.is_err() {
             return;
         }
     }

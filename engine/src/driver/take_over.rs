@@ -111,7 +111,7 @@ pub async fn take_over(
     let desk = Arc::new(FaultDesk::new(map.clone(), inputs.clone()));
     let note = |missing: &Blocks| note_missing(&map, missing).map_err(GuestError::new);
     let TakenOver { guest, missing } = adopt(desk.clone(), &note).map_err(TakeOverError::Guest)?;
-    let plane = ApplyPlane::start(guest.clone(), inputs.clone())?;
+    let plane = ApplyPlane::start(guest.clone(), inputs.clone(), None)?;
     let regions = kept.offer.regions.clone();
     plane.take_over(regions, map, desk, kept.postcopy_pass);
     let machine =
@@ -126,6 +126,8 @@ pub async fn take_over(
         state_dir: job.state_dir,
         keep_in: Some(job.keep_in),
         verify: job.verify,
+        // What they would name has been sent or named; a new process tells of none.
+        seeds: None,
     });
     let session = Session {
         id: session,

@@ -9,6 +9,7 @@ pub mod paging;
 pub mod qemu;
 pub mod workload;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -153,6 +154,12 @@ pub trait DestinationGuest: Send + Sync {
 
     /// Makes everything ready that blocks can be written into.
     fn prepare(&self, offer: &Offer) -> GuestResult<()>;
+
+    /// Files and devices that blocks are written to, such as disk images, as far as they are known
+    /// (all of them once prepared). None of them may be a seed.
+    fn written_files(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
 
     /// Writes whole blocks before the pager is armed. `data` is a multiple of the block size.
     fn write(&self, region: RegionId, first: u32, data: &[u8]) -> GuestResult<()>;

@@ -52,6 +52,10 @@ pub struct ApplyStats {
     pub skipped: u64,
     /// Blocks that were rejected.
     pub rejected: u64,
+    /// Of those written: copied from files of this side.
+    pub seeded: u64,
+    /// Of those rejected: no such content was in these files.
+    pub unseeded: u64,
     /// Bytes of device state.
     pub state_bytes: u64,
 }
@@ -222,10 +226,12 @@ impl<T: BatchTarget> Work<'_, T> {
             let found = self.target.seed(name, &mut self.block);
             if !found || blake3::hash(&self.block).as_bytes() != name {
                 self.reject(region, block);
+                self.stats.unseeded += 1;
                 continue;
             }
             self.target.write(region, block, &self.block)?;
             self.stats.written += 1;
+            self.stats.seeded += 1;
         }
         Ok(())
     }

@@ -125,6 +125,10 @@ pub struct DestinationProgress {
     pub faults: u64,
     /// Blocks that could not be decoded.
     pub rejected: u64,
+    /// Blocks that were copied from seeds.
+    pub seeded: u64,
+    /// Their bytes.
+    pub seeded_bytes: u64,
     /// Whether the link is up.
     pub linked: bool,
     /// Times the link came back.
@@ -390,7 +394,8 @@ impl DestinationMachine {
         }
     }
 
-    /// Where the session stands. How long the transport has been silent is for the driver to add.
+    /// Where the session stands. How long the transport has been silent, and what came of seeds, is for
+    /// the driver to add.
     pub fn progress(&self, now: Duration) -> DestinationProgress {
         DestinationProgress {
             phase: self.phase(),
@@ -399,6 +404,8 @@ impl DestinationMachine {
             missing: self.missing.len(),
             faults: self.faults,
             rejected: self.rejected,
+            seeded: 0,
+            seeded_bytes: 0,
             linked: self.link != Link::Down,
             reconnects: self.reconnects,
             silent: Duration::ZERO,
