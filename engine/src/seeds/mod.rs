@@ -115,7 +115,7 @@ struct Entry {
 #[derive(Debug)]
 pub struct Seeds {
     block_size: u32,
-    seeds: Vec<Seed>,
+    files: Vec<Seed>,
     /// By ascending name; no name comes twice.
     entries: Vec<Entry>,
     cut_off: bool,
@@ -156,7 +156,7 @@ impl Seeds {
 
     /// The files.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.seeds.iter().map(|seed| seed.path.as_path())
+        self.files.iter().map(|seed| seed.path.as_path())
     }
 
     /// What the source is told: all names, in pieces.
@@ -180,7 +180,7 @@ impl Seeds {
             return false;
         };
         let at = self.entries[index].at;
-        let seed = &self.seeds[self.seeds.partition_point(|seed| seed.first <= at) - 1];
+        let seed = &self.files[self.files.partition_point(|seed| seed.first <= at) - 1];
         let offset = u64::from(at - seed.first) * u64::from(self.block_size);
         // The last block of a file may be a part of one.
         let len = seed.len.saturating_sub(offset).min(buf.len() as u64) as usize;
@@ -200,7 +200,7 @@ impl Seeds {
     pub fn conflict(&self, written: &Path) -> Option<String> {
         // A file that is not there yet is none of the seeds.
         let identity = Identity::of(&std::fs::metadata(written).ok()?);
-        let seed = self.seeds.iter().find(|seed| seed.identity == identity)?;
+        let seed = self.files.iter().find(|seed| seed.identity == identity)?;
         Some(format!(
             "the seed {} is the file that the guest is written to ({}): move it aside (mv {0} \
              {0}.old), name the moved file with --seed, and let the guest be written to a new one",
@@ -216,7 +216,7 @@ impl Seeds {
                 (metadata.mtime(), metadata.mtime_nsec()) != seed.written
             })
         };
-        self.seeds
+        self.files
             .iter()
             .filter(changed)
             .map(|seed| seed.path.as_path())

@@ -49,7 +49,7 @@ pub(super) fn read(
     entries.shrink_to_fit();
     Ok(Seeds {
         block_size,
-        seeds,
+        files: seeds,
         entries,
         cut_off,
     })

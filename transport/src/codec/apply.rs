@@ -26,10 +26,9 @@ pub trait BatchTarget {
     /// Makes blocks zero.
     fn zero(&mut self, region: RegionId, first: u32, count: u32) -> Result<(), Self::Error>;
 
-    /// Copies the content of this BLAKE3 into `buf` from a file that the source was told of; false
-    /// where there is none of this length. What is copied is checked by the caller.
-    fn seed(&mut self, name: &[u8; 32], buf: &mut [u8]) -> bool {
-        let _none = (name, buf);
+    /// Copies the content of this BLAKE3 (`_name`) into `_buf` from a file that the source was told
+    /// of; false where there is none of this length. What is copied is checked by the caller.
+    fn seed(&mut self, _name: &[u8; 32], _buf: &mut [u8]) -> bool {
         false
     }
 

@@ -35,8 +35,8 @@ pub enum SeedNamesError {
 
 /// The first eight bytes of a BLAKE3, by which contents are told of.
 pub fn seed_name(name: &[u8; NAME_LEN]) -> u64 {
-    let [a, b, c, d, e, f, g, h, ..] = *name;
-    u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    let (first, _) = name.split_first_chunk().expect("longer than eight bytes");
+    u64::from_le_bytes(*first)
 }
 
 /// See the module's text. Empty to begin with.
