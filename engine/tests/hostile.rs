@@ -457,6 +457,32 @@ fn an_offer_that_makes_no_sense_is_refused_by_name() {
 }
 
 #[test]
+fn names_of_seeds_belong_on_the_bulk_lane_of_a_destination() {
+    let names = || Message::Seeds {
+        block_size: 4096,
+        names: vec![1],
+    };
+    let mut source =
+        SourceMachine::new(SourceConfig::new(SESSION, Mode::Hybrid), guest(), regions());
+    source.handle(Duration::ZERO, SourceInput::Connected);
+    for message in [welcome(), names()] {
+        source.handle(Duration::ZERO, SourceInput::Message(message));
+    }
+    let refused = std::iter::from_fn(|| source.poll_command()).any(|command| {
+        matches!(
+            command,
+            SourceCommand::Send(Message::Refuse(refusal)) if refusal.code == RefusalCode::Protocol
+        )
+    });
+    assert!(refused);
+
+    let mut destination = DestinationMachine::new(DestinationConfig::default());
+    let replies = replies(&mut destination, vec![hello(SESSION, false), names()]);
+    let refusal = self::refused(&replies).expect("a refusal");
+    assert_eq!(refusal.code, RefusalCode::Protocol);
+}
+
+#[test]
 fn checks_alone_end_with_the_notes_of_both_sides() {
     let mut config = SourceConfig::new(SESSION, Mode::Hybrid);
     config.check_only = true;

@@ -459,6 +459,29 @@ async fn a_seed_that_the_guest_is_written_to_is_refused() {
     assert!(text.contains("disk.img") && text.contains("mv "), "{text}");
 }
 
+/// Seeds of another length than that of the guest's blocks are told to nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn seeds_that_fit_no_region_are_of_no_use() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut memory = noise(9);
+    let some = memory.len() / 16;
+    memory[some..].fill(0);
+    let path = directory.path().join("seed");
+    std::fs::write(&path, &memory).unwrap();
+    let seeds = Seeds::read(&[path], 2 * SIZE as u32, &|_| {}).unwrap();
+    assert!(!seeds.is_empty());
+    let moved = Hosts::new()
+        .migrate(memory, Mode::Hybrid, seeds, Features::ALL)
+        .await;
+    assert_eq!(moved.seeded(), 0);
+    let told = |note: &String| note.contains("no use");
+    assert!(
+        moved.source.notes.iter().any(told),
+        "{:?}",
+        moved.source.notes
+    );
+}
+
 /// A destination that tells of seeds what cannot be: the link goes, the guest stays and runs.
 #[tokio::test(flavor = "multi_thread")]
 async fn names_that_make_no_sense_end_the_link() {

@@ -480,7 +480,9 @@ impl Driver {
     }
 
     fn tell_of_seeds(&mut self) {
+        let regions = self.offer.as_ref().map_or(&[][..], |offer| &offer.regions);
         if self.features & Features::SEEDS != 0
+            && self.plane.seeds().is_some_and(|seeds| seeds.serve(regions))
             && let (Some(link), Some(tasks)) = (&self.last_link, &mut self.tasks)
         {
             self.plane.tell_of_seeds(link, tasks);
@@ -698,11 +700,13 @@ fn check(
         });
     }
     if let Some(seeds) = plane.seeds() {
-        notes.push(format!(
-            "seeds: {} blocks of {} KiB need not be sent",
-            seeds.len(),
-            seeds.block_size() >> 10
-        ));
+        let kib = seeds.block_size() >> 10;
+        notes.push(if seeds.serve(&offer.regions) {
+            let blocks = seeds.len();
+            format!("seeds: {blocks} blocks of {kib} KiB that need not be sent")
+        } else {
+            format!("seeds: of no use, the guest has no region in blocks of {kib} KiB (a disk)")
+        });
     }
     Ok(notes)
 }

@@ -13,7 +13,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use hybridmig_transport::codec::{MAX_SEED_PIECES, seed_name};
-use hybridmig_transport::message::{MAX_SEED_NAMES, Message};
+use hybridmig_transport::message::{MAX_SEED_NAMES, Message, RegionInfo};
 
 /// Length of the blocks that seeds are read in, in bytes: that of a disk region's blocks.
 pub const SEED_BLOCK: u32 = 64 << 10;
@@ -152,6 +152,12 @@ impl Seeds {
     /// Whether there were more than [`MAX_SEED_BLOCKS`] blocks.
     pub fn cut_off(&self) -> bool {
         self.cut_off
+    }
+
+    /// Whether there is something for any of these regions.
+    pub fn serve(&self, regions: &[RegionInfo]) -> bool {
+        let fits = |region: &RegionInfo| region.block_size == self.block_size;
+        !self.is_empty() && regions.iter().any(fits)
     }
 
     /// The files.
