@@ -41,7 +41,10 @@ pub enum SeedError {
         path: PathBuf,
     },
     /// A part of it cannot be read.
-    #[error("the seed {} cannot be read at byte {offset}: leave it out, or copy what can be read of it", path.display())]
+    #[error(
+        "the seed {} cannot be read at byte {offset}: leave it out, or copy what can be read of it",
+        path.display()
+    )]
     Read {
         /// The file.
         path: PathBuf,

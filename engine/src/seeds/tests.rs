@@ -1,3 +1,5 @@
+//! What is read of seeds is found again with its contents, whatever the files look like and become.
+
 use std::io::{Seek, SeekFrom, Write};
 use std::sync::Mutex;
 
