@@ -21,7 +21,8 @@ const PAGE_WEIGHT: f64 = 0.05;
 pub(crate) struct Estimator {
     link: LinkFigures,
     rate: Option<f64>,
-    bytes_per_page: f64,
+    /// Of memory, and of disks.
+    bytes_per_page: [f64; 2],
     window: Option<Window>,
 }
 
@@ -36,7 +37,7 @@ impl Estimator {
         Self {
             link: LinkFigures::default(),
             rate: None,
-            bytes_per_page: ASSUMED_PAGE,
+            bytes_per_page: [ASSUMED_PAGE; 2],
             window: None,
         }
     }
@@ -49,14 +50,15 @@ impl Estimator {
         self.link
     }
 
-    /// A chunk of `pages` pages took `bytes` on the wire.
-    pub(crate) fn sent(&mut self, pages: u64, bytes: u64) {
+    /// A chunk of `pages` pages, of a disk or of memory, took `bytes` on the wire.
+    pub(crate) fn sent(&mut self, disk: bool, pages: u64, bytes: u64) {
         if pages == 0 {
             return;
         }
         let weight = (PAGE_WEIGHT * pages as f64 / 64.0).clamp(0.001, 0.2);
         let sample = bytes as f64 / pages as f64;
-        self.bytes_per_page += weight * (sample - self.bytes_per_page);
+        let smoothed = &mut self.bytes_per_page[usize::from(disk)];
+        *smoothed += weight * (sample - *smoothed);
     }
 
     /// `bytes` were acknowledged as applied. A sample spans only time in which something was in
@@ -108,13 +110,20 @@ impl Estimator {
         self.rate.unwrap_or(0.0).max(self.link.bandwidth)
     }
 
-    pub(crate) fn bytes_per_page(&self) -> f64 {
-        self.bytes_per_page.max(1.0)
+    pub(crate) fn bytes_per_page(&self, disk: bool) -> f64 {
+        self.bytes_per_page[usize::from(disk)].max(1.0)
     }
 
-    /// Pages per second that arrive.
+    /// Pages of memory per second that arrive.
     pub(crate) fn pages_per_second(&self) -> f64 {
-        self.bandwidth() / self.bytes_per_page()
+        self.bandwidth() / self.bytes_per_page(false)
+    }
+
+    /// How long so many pages of memory and of disks take, in seconds.
+    pub(crate) fn seconds(&self, memory: u64, disks: u64) -> f64 {
+        let bytes =
+            memory as f64 * self.bytes_per_page(false) + disks as f64 * self.bytes_per_page(true);
+        bytes / self.bandwidth()
     }
 
     pub(crate) fn rtt(&self) -> Duration {
@@ -165,8 +174,10 @@ mod tests {
     fn the_size_of_a_page_follows_what_was_sent() {
         let mut estimator = Estimator::new();
         for _ in 0..500 {
-            estimator.sent(64, 64 * 1000);
+            estimator.sent(false, 64, 64 * 1000);
+            estimator.sent(true, 64, 64 * 10);
         }
-        assert!((estimator.bytes_per_page() - 1000.0).abs() < 20.0);
+        assert!((estimator.bytes_per_page(false) - 1000.0).abs() < 20.0);
+        assert!((estimator.bytes_per_page(true) - 10.0).abs() < 1.0);
     }
 }

@@ -424,6 +424,11 @@ impl DestinationGuest for QemuDestination {
             .map_err(|error| GuestError::caused("cannot place guest memory", error))
     }
 
+    fn written_files(&self) -> Vec<PathBuf> {
+        let disks = self.lock().disks.clone();
+        disks.map_or_else(Vec::new, |disks| disks.images())
+    }
+
     fn disarm(&self) -> GuestResult<BlockedTime> {
         let host = self.host()?;
         let paging = self.paging()?;

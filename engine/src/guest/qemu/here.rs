@@ -141,6 +141,12 @@ impl DisksHere {
         Ok(here)
     }
 
+    /// The images that are written.
+    pub fn images(&self) -> Vec<PathBuf> {
+        let disks = self.found.disks().iter();
+        disks.map(|disk| disk.path.clone()).collect()
+    }
+
     /// What another process would need.
     pub fn record(&self) -> DisksRecord {
         DisksRecord {

@@ -30,7 +30,7 @@ impl SourceMachine {
             ChunkBody::Blocks { blocks, .. } => {
                 let blocks = blocks.len() as u64;
                 let pages = blocks * pages_per_block;
-                let bytes = pages as f64 * self.estimator.bytes_per_page();
+                let bytes = pages as f64 * self.estimator.bytes_per_page(disk);
                 (blocks, bytes as u64)
             }
             ChunkBody::State { len, .. } => (0, u64::from(*len)),
@@ -140,7 +140,7 @@ impl SourceMachine {
         if disk {
             count.disk_bytes += bytes;
         }
-        self.estimator.sent(pages, bytes);
+        self.estimator.sent(disk, pages, bytes);
     }
 
     /// The bound on the bulk lane, so that a freeze never waits behind a deep queue and the pipe

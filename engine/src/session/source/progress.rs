@@ -247,7 +247,8 @@ impl SourceMachine {
             let disks = self.shapes.of_kind(set, RegionKind::Disk);
             self.shapes.pages(&disks)
         };
-        let eta = remaining as f64 / self.estimator.pages_per_second();
+        let disks: u64 = sets.iter().map(on_disks).sum();
+        let eta = self.estimator.seconds(remaining - disks, disks);
         let milestones = &self.figures.milestones;
         SourceProgress {
             phase: self.phase(),
@@ -257,7 +258,7 @@ impl SourceMachine {
             },
             pages_sent: self.figures.sum(|count| count.pages),
             pages_remaining: remaining,
-            disk_pages_remaining: sets.iter().map(on_disks).sum(),
+            disk_pages_remaining: disks,
             bytes_sent: self.figures.bytes(),
             in_flight: self.in_flight_bytes,
             rate: self.estimator.bandwidth(),
