@@ -28,6 +28,7 @@ pub use endpoint::Endpoint;
 pub use error::{CloseCode, LinkError, TransportError};
 pub use identity::{Fingerprint, Identity, IdentityError};
 pub use lane::Lane;
+pub use link::repair::RepairStats;
 pub use link::urgent::UrgentStats;
 pub use link::{ControlReceiver, ControlSender, Incoming, Link, LinkStats};
 pub use tls::ALPN;

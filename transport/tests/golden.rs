@@ -134,6 +134,25 @@ fn datagrams() {
     assert_eq!(starts, STARTS);
 }
 
+#[test]
+fn parity_of_streams() {
+    use hybridmig_transport::link::repair::wire::parity_of;
+    // Two data pieces of 256 bytes, the second one padded, and three of parity in two datagrams.
+    let contents: Vec<u8> = (0..300_u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    let parity = parity_of(258, &[&[18], &contents], 3, 600).unwrap();
+    let starts: Vec<String> = parity
+        .iter()
+        .map(|parity| hex(&parity.encode(0)[..34]))
+        .collect();
+    assert_eq!(starts, PARITY);
+}
+
+const PARITY: [&str; 2] = [
+    "0302010000000000002d010000030000000246a72778b26f90d9b48a0a84a8a692d0",
+    "0302010000000000002d010000030002000146a72778b26f90d98353db469f1c0429",
+];
 const PIECE: &str = "0102010000000000000905000101010027eb8c0aa1c36a4b6665746368000000";
 const ACK: &str = "02020201000000000000000003000000020001000000";
 const STARTS: [&str; 4] = [

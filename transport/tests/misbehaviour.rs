@@ -234,6 +234,89 @@ async fn half_parcels_take_no_more_than_credit() {
 }
 
 #[tokio::test]
+async fn illegal_parity_ends_the_link() {
+    use hybridmig_transport::link::repair::wire::parity_of;
+    let of = |stream, byte| parity_of(stream, &[&[byte; 3000]], 4, 1124).unwrap();
+    let mut cut = of(1, 18)[0].encode(0).to_vec();
+    cut.pop();
+    for (datagrams, words) in [
+        (vec![Bytes::from(cut)], "a datagram of parity of"),
+        (vec![of(5000, 18)[0].encode(0)], "parity of stream 5000"),
+        (
+            vec![of(1, 18)[0].encode(0), of(1, 19)[0].encode(0)],
+            "that contradicts it",
+        ),
+    ] {
+        let (connection, _credit, link, _server) = trusted().await;
+        for datagram in datagrams {
+            connection.send_datagram_wait(datagram).await.unwrap();
+        }
+        ended(&connection, &link, words).await;
+    }
+    // Parity that restores something else than the stream, and a stream whose contents nobody knows.
+    for (first, kind, words) in [
+        (18, 19, "does not make its contents"),
+        (99, 99, "unknown kind"),
+    ] {
+        let (connection, _credit, link, _server) = trusted().await;
+        let mut stream = connection.open_uni().await.unwrap();
+        stream.write_all(&[first; 2500]).await.unwrap();
+        for parity in of(1, kind) {
+            connection
+                .send_datagram_wait(parity.encode(0))
+                .await
+                .unwrap();
+        }
+        ended(&connection, &link, words).await;
+    }
+}
+
+#[tokio::test]
+async fn parity_without_end_is_not_held() {
+    use hybridmig_transport::link::repair::wire::parity_of;
+    // Of streams that never begin, ten times what is held at most; then one that is whole all the same.
+    let (connection, _credit, link, _server) = trusted().await;
+    let contents = vec![18; 30_000];
+    for number in 0..40_u64 * 1024 {
+        let mut parity = parity_of(1 + number % 4000, &[&contents], 4, 1124).unwrap();
+        let mut parity = parity.remove(0);
+        parity.first = (number / 4000 * 4) as u16 % 8;
+        parity.shape.parity = 8;
+        connection
+            .send_datagram_wait(parity.encode(0))
+            .await
+            .unwrap();
+    }
+    let mut stream = connection.open_uni().await.unwrap();
+    stream.write_all(&contents).await.unwrap();
+    stream.finish().unwrap();
+    match link.next_incoming().await.unwrap() {
+        hybridmig_transport::Incoming::Batch { bytes, .. } => assert_eq!(bytes, contents[1..]),
+        message @ hybridmig_transport::Incoming::Message(_) => panic!("{message:?}"),
+    }
+}
+
+#[tokio::test]
+async fn illegal_copies_of_control_messages_end_the_link() {
+    use hybridmig_transport::link::urgent::parcel::split;
+    use hybridmig_transport::link::urgent::wire::Shape;
+    // A copy of nothing; a copy that is a stream of its own.
+    let (connection, _credit, link, _server) = trusted().await;
+    let empty = 0_u64.to_le_bytes();
+    let piece = split(0, Shape::of(2, &empty), &empty).unwrap().remove(0);
+    connection
+        .send_datagram_wait(piece.encode(0))
+        .await
+        .unwrap();
+    ended(&connection, &link, "an empty copy").await;
+    let (connection, _credit, link, _server) = trusted().await;
+    let mut stream = connection.open_uni().await.unwrap();
+    stream.write_all(&[2; 20]).await.unwrap();
+    stream.finish().unwrap();
+    ended(&connection, &link, "unknown kind 2").await;
+}
+
+#[tokio::test]
 async fn illegal_frames_end_the_link() {
     let mut trailing = encode_frame(&Message::Released).unwrap();
     trailing[0] += 1;

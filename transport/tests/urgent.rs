@@ -215,6 +215,7 @@ impl World {
                     .acknowledged(self.now, &acked)
                     .unwrap();
             }
+            Datagram::Parity(parity) => panic!("parity of stream {}", parity.stream),
             Datagram::Piece(piece) => {
                 let progress = self.sides[at].receiver.piece(piece).unwrap();
                 if let Some((kind, contents)) = progress.complete {

@@ -5,12 +5,17 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::Notify;
 
+use super::control::Copies;
 use super::credit::{CreditSender, LANES, index};
+use super::repair::wire::Parity;
+use super::repair::{Arriving, Register};
 use super::urgent::driver::{STREAM_HEADER, Urgent};
+use super::urgent::wire::Malformed;
 use super::{Incoming, Shared, kind};
 use crate::codec::MAX_BATCH;
 use crate::config::{LaneWindows, MAX_STREAMS};
@@ -19,7 +24,7 @@ use crate::frame::{MAX_MESSAGE, decode_message};
 use crate::lane::Lane;
 
 /// Longest stream that any kind allows, kind byte and all; parcels on streams are far shorter.
-const MAX_STREAM: u64 = (if MAX_MESSAGE > MAX_BATCH {
+pub(super) const MAX_STREAM: u64 = (if MAX_MESSAGE > MAX_BATCH {
     MAX_MESSAGE
 } else {
     MAX_BATCH
@@ -28,6 +33,10 @@ const MAX_STREAM: u64 = (if MAX_MESSAGE > MAX_BATCH {
 
 /// Bytes from which on a stream's length says something about the next one's.
 const LONG: usize = 16 << 10;
+
+/// A stream whose parity is here, and of which nothing has come for this long, waits for what was lost:
+/// packets of one stream follow each other.
+const QUIET: Duration = Duration::from_millis(3);
 
 /// See the module's text.
 pub(super) struct Inbound {
@@ -43,6 +52,9 @@ pub(super) struct Inbound {
     limit: u64,
     /// Length of the last stream that was longer than a few packets.
     usual: AtomicUsize,
+    register: Mutex<Register>,
+    restored: AtomicU64,
+    copies: Arc<Copies>,
 }
 
 #[derive(Default)]
@@ -53,7 +65,12 @@ struct Queues {
 }
 
 impl Inbound {
-    pub(super) fn new(shared: Arc<Shared>, windows: LaneWindows, urgent: Arc<Urgent>) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        windows: LaneWindows,
+        urgent: Arc<Urgent>,
+        copies: Arc<Copies>,
+    ) -> Self {
         // Headers are not counted as credit, and what is urgent may be held twice for a moment: as
         // pieces, and on the stream that repeats them.
         let uncounted = u64::from(MAX_STREAMS) * STREAM_HEADER as u64 + windows.urgent;
@@ -67,6 +84,9 @@ impl Inbound {
             held: AtomicU64::new(0),
             limit: windows.total() + uncounted,
             usual: AtomicUsize::new(0),
+            register: Mutex::default(),
+            restored: AtomicU64::new(0),
+            copies,
         }
     }
 
@@ -80,7 +100,12 @@ impl Inbound {
         // The number of tasks is bounded by MAX_STREAMS: QUIC admits no more streams at once.
         while let Ok(stream) = self.shared.connection.accept_uni().await {
             let inbound = self.clone();
-            tokio::spawn(async move { inbound.read_stream(stream).await });
+            let number = stream.id().index();
+            let arriving = inbound.register().begin(number);
+            tokio::spawn(async move {
+                inbound.read_stream(stream, &arriving).await;
+                inbound.register().end(number);
+            });
         }
     }
 
@@ -137,14 +162,43 @@ impl Inbound {
         Some(incoming)
     }
 
-    async fn read_stream(&self, mut stream: quinn::RecvStream) {
-        let mut bytes = Vec::new();
+    fn register(&self) -> MutexGuard<'_, Register> {
+        // Single entries are put in and taken out: sound even after a panic elsewhere.
+        self.register.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Streams that were restored with parity.
+    pub(super) fn restored(&self) -> u64 {
+        self.restored.load(Ordering::Relaxed)
+    }
+
+    async fn read_stream(&self, mut stream: quinn::RecvStream, arriving: &Arriving) {
+        let mut waited = false;
         loop {
+            // Only where new parity, or something new besides, is here is a timer of use.
+            let quiet = !waited && arriving.lock().has_parity();
             // Out of order: a lost packet holds up neither the stream's memory in QUIC nor its
             // flow control.
-            match stream.read_chunk(usize::MAX, false).await {
+            let chunk = tokio::select! {
+                chunk = stream.read_chunk(usize::MAX, false) => chunk,
+                () = arriving.helped.notified(), if !quiet => {
+                    waited = false;
+                    continue;
+                }
+                () = tokio::time::sleep(QUIET), if quiet => {
+                    if !self.restore(arriving, true) {
+                        return;
+                    }
+                    waited = true;
+                    continue;
+                }
+            };
+            waited = false;
+            match chunk {
                 Ok(Some(chunk)) => {
-                    if !self.put(&mut bytes, chunk.offset, &chunk.bytes) {
+                    if !self.put(arriving, chunk.offset, &chunk.bytes)
+                        || !self.restore(arriving, false)
+                    {
                         return;
                     }
                 }
@@ -157,12 +211,58 @@ impl Inbound {
                 Err(_) => return,
             }
         }
+        let mut assembly = arriving.lock();
+        if assembly.is_taken() {
+            return;
+        }
+        let released = assembly.parity_held();
+        let bytes = assembly.take();
+        drop(assembly);
+        self.register().released(released);
         if bytes.len() > LONG {
             self.usual.store(bytes.len(), Ordering::Relaxed);
         }
-        if let Err(what) = self.take(bytes.into()) {
+        if let Err(what) = self.take(bytes) {
             self.shared.violation(what);
         }
+    }
+
+    /// Takes parity of a stream.
+    pub(super) fn parity(&self, parity: &Parity) -> Result<(), Malformed> {
+        let Some(arriving) = self.register().parity(parity)? else {
+            return Ok(());
+        };
+        arriving.helped.notify_one();
+        // An error has closed the link.
+        self.restore(&arriving, false);
+        Ok(())
+    }
+
+    /// Takes a stream as soon as parity makes up for what it lacks; false when the peer broke a rule.
+    fn restore(&self, arriving: &Arriving, quiet: bool) -> bool {
+        let mut assembly = arriving.lock();
+        if !assembly.restorable(quiet) {
+            return true;
+        }
+        let complete = assembly.is_complete();
+        let lacking = assembly.lacking() as u64;
+        let released = assembly.parity_held();
+        let restored = assembly.restore();
+        drop(assembly);
+        self.register().released(released);
+        if !self.hold(lacking) {
+            return false;
+        }
+        let taken = restored
+            .map_err(|malformed| malformed.to_string())
+            .and_then(|bytes| self.take(bytes));
+        if let Err(what) = taken {
+            self.shared.violation(what);
+            return false;
+        }
+        self.restored
+            .fetch_add(u64::from(!complete), Ordering::Relaxed);
+        true
     }
 
     /// Takes a complete stream.
@@ -172,7 +272,7 @@ impl Inbound {
             return self.deliver(kind, stream.slice(1..));
         }
         match self.urgent.take_stream(&stream, self) {
-            Ok(Some((kind, contents))) => self.deliver(kind, contents),
+            Ok(Some((kind, contents))) => self.deliver_parcel(kind, contents),
             Ok(None) => Ok(()),
             Err(malformed) => Err(malformed.to_string()),
         }
@@ -184,6 +284,21 @@ impl Inbound {
         let (lane, len, incoming) = understand(kind, contents)?;
         self.lock().waiting[lane].push_back((len, incoming));
         self.arrived.notify_one();
+        Ok(())
+    }
+
+    /// Keeps the contents of a parcel likewise; copies of control messages for whoever reads these.
+    pub(super) fn deliver_parcel(&self, kind: u8, contents: Bytes) -> Result<(), String> {
+        if kind != kind::CONTROL_COPY {
+            return self.deliver(kind, contents);
+        }
+        let len = contents.len() as u64;
+        self.copies.take(&contents)?;
+        if let Some(urgent) = index(Lane::Urgent) {
+            self.lock().taken[urgent] += len;
+        }
+        self.release(len + 1);
+        self.taken.notify_one();
         Ok(())
     }
 
@@ -202,34 +317,24 @@ impl Inbound {
     }
 
     /// Copies a piece of a stream to its place; false when the peer has sent too much.
-    fn put(&self, bytes: &mut Vec<u8>, offset: u64, piece: &[u8]) -> bool {
+    fn put(&self, arriving: &Arriving, offset: u64, piece: &[u8]) -> bool {
         let end = offset.saturating_add(piece.len() as u64);
         if end > MAX_STREAM {
             self.shared
                 .violation(format!("a stream of more than {MAX_STREAM} bytes"));
             return false;
         }
-        let (start, end) = (offset as usize, end as usize);
-        if end > bytes.len() {
-            let grown = (end - bytes.len()) as u64;
-            if !self.hold(grown) {
-                return false;
-            }
-            if end > bytes.capacity() {
-                // Long streams of one size follow each other: what the last one took is taken at
-                // once, and few bytes are moved again because their stream grows.
-                let usual = self.usual.load(Ordering::Relaxed);
-                let room = if end > LONG { usual } else { 0 };
-                let room = room.max(2 * end).min(MAX_STREAM as usize);
-                bytes.reserve_exact(room - bytes.len());
-            }
-            if start == bytes.len() {
-                bytes.extend_from_slice(piece);
-                return true;
-            }
-            bytes.resize(end, 0);
+        let mut assembly = arriving.lock();
+        let grown = assembly.growth(end as usize) as u64;
+        if !self.hold(grown) {
+            return false;
         }
-        bytes[start..end].copy_from_slice(piece);
+        // Long streams of one size follow each other: what the last one took is taken at once, and
+        // few bytes are moved again because their stream grows.
+        let usual = self.usual.load(Ordering::Relaxed);
+        let room = if end as usize > LONG { usual } else { 0 };
+        let room = room.max(2 * end as usize).min(MAX_STREAM as usize);
+        assembly.put(offset as usize, piece, room);
         true
     }
 }

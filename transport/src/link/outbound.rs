@@ -95,14 +95,19 @@ impl Outbound {
         }
     }
 
-    pub(super) async fn send_batch(&self, lane: Lane, bytes: Bytes) -> Result<(), LinkError> {
+    pub(super) async fn send_batch(
+        &self,
+        lane: Lane,
+        bytes: Bytes,
+        parity: bool,
+    ) -> Result<(), LinkError> {
         if bytes.len() > MAX_BATCH || bytes.is_empty() {
             return Err(LinkError::Unsendable(format!(
                 "a batch of {} bytes; 1 to {MAX_BATCH} are allowed",
                 bytes.len()
             )));
         }
-        self.send(lane, kind::BATCH, bytes).await
+        self.send(lane, kind::BATCH, bytes, parity).await
     }
 
     pub(super) async fn send_message(
@@ -112,10 +117,16 @@ impl Outbound {
     ) -> Result<(), LinkError> {
         let bytes =
             encode_message(message).map_err(|error| LinkError::Unsendable(error.to_string()))?;
-        self.send(lane, kind::MESSAGE, bytes.into()).await
+        self.send(lane, kind::MESSAGE, bytes.into(), false).await
     }
 
-    async fn send(&self, lane: Lane, kind: u8, bytes: Bytes) -> Result<(), LinkError> {
+    async fn send(
+        &self,
+        lane: Lane,
+        kind: u8,
+        bytes: Bytes,
+        parity: bool,
+    ) -> Result<(), LinkError> {
         let Some(gate) = index(lane) else {
             return Err(LinkError::Unsendable(
                 "the control lane is a stream of its own; see open_control".to_owned(),
@@ -136,14 +147,47 @@ impl Outbound {
             self.shared.clone(),
             lane,
             Bytes::copy_from_slice(&[kind]),
-            bytes,
+            bytes.clone(),
             written,
             pass,
         ));
-        match wait.await {
-            Ok(result) => result,
-            Err(_) => Err(self.shared.error()),
+        let Ok(written) = wait.await else {
+            return Err(self.shared.error());
+        };
+        let stream = written?;
+        if parity {
+            let sent = self.urgent.add_parity(stream, kind, &bytes);
+            if self.shared.steering.rate_limit().is_some() {
+                self.limiter().take(sent as f64);
+            }
         }
+        Ok(())
+    }
+
+    /// Sends a copy of a part of the control stream as a parcel, if that is possible at once.
+    pub(super) fn send_copy(&self, copy: Bytes) {
+        let Some(gate) = index(Lane::Urgent) else {
+            return;
+        };
+        let len = copy.len() as u64;
+        if !self.try_enter(Lane::Urgent, gate, len) {
+            return;
+        }
+        let pass = Pass {
+            gates: self.gates.clone(),
+            gate,
+            len,
+        };
+        if let Some(unused) = self.urgent.send(kind::CONTROL_COPY, &copy, pass) {
+            // Nothing was sent that the receiver could count.
+            self.gates[gate].lock().sent -= len;
+            drop(unused);
+        }
+    }
+
+    fn limiter(&self) -> MutexGuard<'_, Limiter> {
+        // Plain numbers, sound even after a panic elsewhere.
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the lane may send `len` bytes more.
@@ -193,7 +237,7 @@ impl Outbound {
     }
 
     async fn respect_limit(&self, lane: Lane, len: usize) {
-        let lock = || self.limiter.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = || self.limiter();
         let rate = || self.shared.steering.rate_limit().map(|rate| rate as f64);
         // Demand paging does not wait; what it takes, the others go without.
         if lane != Lane::Urgent {
@@ -245,13 +289,13 @@ impl Drop for Pass {
     }
 }
 
-/// Writes one stream and waits until the peer has all of it.
+/// Writes one stream, tells its number among those opened, and waits until the peer has all of it.
 pub(super) async fn write(
     shared: Arc<Shared>,
     lane: Lane,
     header: Bytes,
     bytes: Bytes,
-    written: oneshot::Sender<Result<(), LinkError>>,
+    written: oneshot::Sender<Result<u64, LinkError>>,
     pass: Pass,
 ) {
     let give = async {
@@ -272,7 +316,7 @@ pub(super) async fn write(
         let _unheard = written.send(Err(error));
         return;
     };
-    let _unheard = written.send(Ok(()));
+    let _unheard = written.send(Ok(stream.id().index()));
     // An error means that the link is gone, which everyone learns by themselves.
     if let Ok(Some(_)) = stream.stopped().await {
         shared.violation("it stopped a stream");

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::repair::RepairStats;
 use super::urgent::UrgentStats;
 use crate::congestion::quic::adaptive_of;
 
@@ -50,6 +51,9 @@ pub struct LinkStats {
     /// What the urgent lane's datagrams have done.
     #[serde(default)]
     pub urgent: UrgentStats,
+    /// What parity of streams has done.
+    #[serde(default)]
+    pub repair: RepairStats,
 }
 
 /// What a controller, or the counters, know of the link; in bytes/s and seconds.
@@ -121,6 +125,7 @@ impl Sampler {
             queue: Duration::from_secs_f64(known.queue),
             shared: known.shared,
             urgent: UrgentStats::default(),
+            repair: RepairStats::default(),
         }
     }
 

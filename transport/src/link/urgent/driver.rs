@@ -1,7 +1,7 @@
 //! Carries between the parcels' machines and QUIC: datagrams, timers, streams as the last resort. It
 //! decides nothing about redundancy or time.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -12,6 +12,7 @@ use tokio::sync::{Notify, oneshot};
 
 use super::super::inbound::Inbound;
 use super::super::outbound::{Pass, write};
+use super::super::repair::{RepairStats, plan, wire::parity_of};
 use super::super::{Shared, kind};
 use super::UrgentStats;
 use super::observe::Network;
@@ -23,6 +24,12 @@ use crate::lane::Lane;
 /// Bytes before the contents of a parcel on a stream, the kind of the stream among them: it, the
 /// parcel's id, the kind of the contents.
 pub(in crate::link) const STREAM_HEADER: usize = 10;
+
+/// Bytes of parity of streams that may wait for QUIC to have room. What is beyond is not sent: with so
+/// much before it, it would come late.
+const PARITY_WAITING: usize = 1 << 20;
+/// QUIC's bytes in a packet beside a stream's.
+const AROUND_STREAM: usize = 45;
 
 /// The urgent lane's datagrams of one link.
 pub(in crate::link) struct Urgent {
@@ -41,6 +48,10 @@ struct Machines {
     receiver: Receiver,
     /// What the parcels on their way have taken of the lane.
     passes: HashMap<u64, Pass>,
+    /// Parity of streams, after all that is urgent.
+    parity: VecDeque<Bytes>,
+    parity_waiting: usize,
+    repair: RepairStats,
     /// Datagrams passed once and do not any more.
     broken: bool,
     streams: u64,
@@ -115,6 +126,59 @@ impl Urgent {
         // For the later pieces and the timers.
         self.wake.notify_one();
         None
+    }
+
+    /// Sends parity of a stream of this kind that QUIC has; the bytes of it. Nothing where datagrams do not
+    /// pass: the stream is repaired by QUIC all the same.
+    pub(in crate::link) fn add_parity(&self, stream: u64, kind: u8, contents: &Bytes) -> usize {
+        let network = self.network();
+        let Some(largest) = self.largest() else {
+            return 0;
+        };
+        let mut machines = self.lock();
+        if machines.broken {
+            return 0;
+        }
+        machines.sender.network(self.now(), &network);
+        let mut path = machines.sender.path();
+        drop(machines);
+        // Of runs of losses, whoever sees every packet knows more than a few parcels tell.
+        path.burst = network.burst.unwrap_or(path.burst);
+        let len = contents.len() + 1;
+        let mtu = usize::from(self.shared.connection.stats().path.current_mtu);
+        let pieces = plan::parity(len, mtu.saturating_sub(AROUND_STREAM), &path);
+        let parity = match parity_of(stream, &[&[kind], contents], pieces, largest) {
+            Ok(parity) => parity,
+            Err(error) => {
+                tracing::debug!("no parity of stream {stream}: {error}");
+                return 0;
+            }
+        };
+        let mut machines = self.lock();
+        machines.repair.streams += 1;
+        machines.repair.stream_bytes += len as u64;
+        let mut bytes = 0;
+        for parity in parity {
+            // What repeats a short stream should not share a packet with it, nor with another copy.
+            let short = parity.shape.data() * 2 <= largest / super::super::repair::wire::PIECE;
+            let datagram = parity.encode(if short { largest } else { 0 });
+            if machines.parity_waiting + datagram.len() > PARITY_WAITING {
+                machines.repair.dropped += 1;
+                continue;
+            }
+            machines.parity_waiting += datagram.len();
+            bytes += datagram.len();
+            machines.parity.push_back(datagram);
+        }
+        machines.repair.parity_bytes += bytes as u64;
+        self.flush(&mut machines, self.now());
+        drop(machines);
+        self.wake.notify_one();
+        bytes
+    }
+
+    pub(in crate::link) fn repair_stats(&self) -> RepairStats {
+        self.lock().repair
     }
 
     /// Gives QUIC what is due and fits its buffer, which would drop the oldest otherwise. Only this
@@ -270,6 +334,7 @@ impl Urgent {
                 drop(machines);
                 drop(passes);
             }
+            Datagram::Parity(parity) => inbound.parity(&parity)?,
             Datagram::Piece(piece) => {
                 self.shared.steering.touch();
                 check_kind(piece.shape.kind)?;
@@ -281,7 +346,7 @@ impl Urgent {
                     return Ok(());
                 }
                 if let Some((kind, contents)) = progress.complete {
-                    inbound.deliver(kind, contents).map_err(Malformed)?;
+                    inbound.deliver_parcel(kind, contents).map_err(Malformed)?;
                 }
             }
         }
@@ -346,15 +411,19 @@ impl Machines {
         {
             return Some(ack);
         }
-        due?;
+        if due.is_none() {
+            let parity = self.parity.pop_front()?;
+            self.parity_waiting -= parity.len();
+            return Some(parity);
+        }
         self.sender.pop(if copy && busy { largest } else { 0 })
     }
 }
 
-/// Parcels carry what the urgent lane carries on streams otherwise.
+/// Parcels carry what the urgent lane carries on streams otherwise, and copies of control messages.
 fn check_kind(kind: u8) -> Result<(), Malformed> {
     let lane = Lane::Urgent.to_wire();
-    if kind == kind::MESSAGE + lane || kind == kind::BATCH + lane {
+    if kind == kind::MESSAGE + lane || kind == kind::BATCH + lane || kind == kind::CONTROL_COPY {
         return Ok(());
     }
     Err(Malformed(format!(

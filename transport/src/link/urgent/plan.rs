@@ -66,14 +66,14 @@ pub fn redundancy(data: usize, len: usize, path: &Path) -> Redundancy {
 }
 
 /// Packets as a chain of two states, lost and not, as Gilbert and Elliott have it.
-struct Chain {
+pub(in crate::link) struct Chain {
     loss: f64,
     /// Correlation of the fates of neighbours.
     memory: f64,
 }
 
 impl Chain {
-    fn new(loss: f64, burst: f64) -> Self {
+    pub(in crate::link) fn new(loss: f64, burst: f64) -> Self {
         let loss = loss.clamp(0.0, 0.5);
         let memory = 1.0 - 1.0 / (burst.max(1.0) * (1.0 - loss));
         Self {
@@ -93,7 +93,11 @@ impl Chain {
 
     /// Chance that more than `few` are lost of one packet and those that follow it, each `lags`
     /// packets after the one before.
-    fn more_lost_than(&self, few: usize, lags: impl Iterator<Item = f64>) -> f64 {
+    pub(in crate::link) fn more_lost_than(
+        &self,
+        few: usize,
+        lags: impl Iterator<Item = f64>,
+    ) -> f64 {
         // By number lost so far: chance that this is it and the last one was (lost, not lost).
         let mut lost = vec![0.0; few + 1];
         let mut kept = vec![0.0; few + 1];

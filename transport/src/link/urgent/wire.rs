@@ -4,6 +4,8 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::link::repair::wire as repair;
+
 /// Longest contents of a parcel, in bytes.
 pub const MAX_PARCEL: usize = 16 << 10;
 /// Longest piece, in bytes. Fits a packet of QUIC's least MTU (1200 bytes of UDP payload), so that a
@@ -114,6 +116,8 @@ pub enum Datagram {
     Piece(Piece),
     /// The parcels that arrived last, the newest first; 1 to [`MAX_ACKED`].
     Ack(Vec<Acked>),
+    /// Parity of a stream.
+    Parity(repair::Parity),
 }
 
 /// A datagram that the protocol does not know.
@@ -162,6 +166,7 @@ pub fn decode(datagram: &Bytes) -> Result<Datagram, Malformed> {
     match datagram.first() {
         Some(&PIECE) => decode_piece(datagram).map(Datagram::Piece),
         Some(&ACK) => decode_ack(datagram).map(Datagram::Ack),
+        Some(&repair::PARITY) => repair::decode(datagram).map(Datagram::Parity),
         Some(kind) => Err(Malformed(format!("a datagram of unknown kind {kind}"))),
         None => Err(Malformed("an empty datagram".to_owned())),
     }
