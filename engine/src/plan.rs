@@ -4,15 +4,20 @@
 //! Amounts are in pages of 4 KiB, memory and disks alike (see [`crate::regions`]).
 //!
 //! The rules, until a predictor replaces them. With R pages not current at the destination, b
-//! bytes per page on the wire (measured), B bytes/s that arrive (measured) and a fixed cost C of
-//! stopping, saving and loading:
+//! bytes per page on the wire (measured), B bytes/s that arrive (measured), parity p at the loss of
+//! the link, and a fixed cost C of stopping, scanning (measured), saving and loading:
 //!
-//! - predicted downtime of a freeze that moves all of R: `D(R) = R·b/B + rtt/2 + C`;
-//! - what fits a downtime target T: `(T − rtt/2 − C) · B / b` pages, and never less than what
+//! - predicted downtime of a freeze that moves all of R: `D(R) = R·b·(1 + p)/B + rtt/2 + C`. A lost
+//!   packet costs no round trip: that is what the parity is for;
+//! - what fits a downtime target T: `(T − rtt/2 − C) · B / b / (1 + p)` pages, and never less than what
 //!   [`FLOOR_SHARE`] of T carries: on a link whose delay alone exceeds the target more rounds would
 //!   gain nothing;
 //! - a round does not pay when the guest dirties [`UNPAYING_DIRTY`] of what the link carries, or
-//!   when the rest did not shrink by [`UNPAYING_SHRINK`];
+//!   when the rest did not shrink by [`UNPAYING_SHRINK`]. The rate is that of the last scan's interval,
+//!   a second or so: over a long pass a guest that writes the same blocks again and again would seem
+//!   slow, and get a round that gains nothing;
+//! - within a round, what the guest has written goes last. When nothing else is left, and the guest undoes
+//!   [`UNDOING`] of what is sent, hybrid freezes at once: the same blocks cost the link less after it;
 //! - of a disk moves before the freeze, in hybrid mode, what the guest has accessed lately: a disk is
 //!   many times as large as what is used of it.
 
@@ -24,14 +29,22 @@ use hybridmig_transport::message::{Mode, RegionInfo, RegionKind};
 use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::regions::Regions;
 
-/// Stopping the guest, saving and loading its device state, the journals: assumed until measured.
-pub const FIXED_COST: Duration = Duration::from_millis(50);
+/// Stopping the guest, saving and loading its device state, the journals: assumed, because none of it
+/// happens before the freeze.
+pub const FIXED_COST: Duration = Duration::from_millis(40);
+/// Scans of a guest that stands still: one before its state is saved, one after.
+const SCANS: u32 = 2;
+/// Parity of what moves in the freeze, as a share of it: without loss, and how it grows with loss.
+const PARITY: f64 = 0.03;
+const PARITY_OF_LOSS: f64 = 2.7;
 /// Share of the downtime target that moving blocks may always use.
 pub const FLOOR_SHARE: f64 = 0.1;
 /// A round does not pay when the dirty rate reaches this share of the send rate.
 pub const UNPAYING_DIRTY: f64 = 0.7;
 /// A round pays when the rest shrank by this share at least.
 pub const UNPAYING_SHRINK: f64 = 0.2;
+/// Within a round, sending does not pay when the guest undoes this share of it at the same time.
+pub const UNDOING: f64 = 0.5;
 /// Pre-copy, which has no other way, goes on until so many rounds in a row did not pay; hybrid
 /// freezes after the first.
 pub const UNPAYING_ROUNDS: u32 = 3;
@@ -270,34 +283,77 @@ pub struct RoundFigures {
     pub rest_before: u64,
     /// Distinct pages that the guest dirties per second.
     pub dirty_rate: f64,
+    /// The link and the guest's scans.
+    pub pace: Pace,
+}
+
+/// What a freeze takes, beside the number of its pages.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
     /// Pages per second that arrive.
     pub send_rate: f64,
     /// Smoothed round-trip time.
     pub rtt: Duration,
+    /// Share of packets lost, 0 to 1.
+    pub loss: f64,
+    /// What a scan takes.
+    pub scan: Duration,
+}
+
+impl Pace {
+    /// Blocks per second that move in a freeze, parity and all.
+    fn freeze_rate(&self) -> f64 {
+        let parity = PARITY + PARITY_OF_LOSS * self.loss.clamp(0.0, 0.06);
+        self.send_rate.max(1e-3) / (1.0 + parity)
+    }
+
+    /// The downtime of a freeze without blocks.
+    fn fixed(&self) -> Duration {
+        (self.rtt / 2)
+            .saturating_add(FIXED_COST)
+            .saturating_add(self.scan.saturating_mul(SCANS))
+    }
 }
 
 impl RoundFigures {
     /// D(R): predicted downtime of a freeze now that moves the whole rest.
     pub fn predicted_downtime(&self) -> Duration {
-        let transfer = self.rest as f64 / self.send_rate.max(1e-3);
+        let transfer = self.rest as f64 / self.pace.freeze_rate();
         Duration::try_from_secs_f64(transfer)
             .unwrap_or(Duration::MAX)
-            .saturating_add(self.rtt / 2)
-            .saturating_add(FIXED_COST)
+            .saturating_add(self.pace.fixed())
     }
 
     /// Whether this round was worth its bytes.
     pub fn paid(&self) -> bool {
-        self.dirty_rate < UNPAYING_DIRTY * self.send_rate
+        self.dirty_rate < UNPAYING_DIRTY * self.pace.send_rate
             && (self.rest as f64) <= (1.0 - UNPAYING_SHRINK) * self.rest_before as f64
     }
 }
 
+/// What a scan within a round has shown.
+#[derive(Clone, Copy, Debug)]
+pub struct Midway {
+    /// Blocks per second that arrive.
+    pub send_rate: f64,
+    /// Blocks per second that the guest wrote after they had been sent in this round, each counted once.
+    pub undone_rate: f64,
+    /// Blocks to send that the guest has not written since the round began.
+    pub calm: u64,
+}
+
+impl Midway {
+    /// Whether it pays to go on: calm blocks stay as they are sent; of the others, most must.
+    pub fn pays(&self) -> bool {
+        self.calm > 0 || self.undone_rate < UNDOING * self.send_rate
+    }
+}
+
 /// Pages that fit a downtime of `target`.
-pub fn fits(target: Duration, rtt: Duration, send_rate: f64) -> u64 {
-    let target = target.as_secs_f64();
-    let transfer = target - rtt.as_secs_f64() / 2.0 - FIXED_COST.as_secs_f64();
-    (transfer.max(FLOOR_SHARE * target) * send_rate).round() as u64
+pub fn fits(target: Duration, pace: &Pace) -> u64 {
+    let transfer = target.saturating_sub(pace.fixed());
+    let transfer = transfer.max(target.mul_f64(FLOOR_SHARE));
+    (transfer.as_secs_f64() * pace.freeze_rate()).round() as u64
 }
 
 /// What to do after a round.
@@ -362,7 +418,7 @@ impl Decider {
             self.unpaying += 1;
         }
         let exhausted = figures.round >= self.limits.max_rounds;
-        let fits_target = figures.rest <= fits(self.target(), figures.rtt, figures.send_rate);
+        let fits_target = figures.rest <= fits(self.target(), &figures.pace);
         if self.limits.mode == Mode::Hybrid {
             let freeze = fits_target || exhausted || self.unpaying > 0;
             return if freeze {
@@ -394,7 +450,7 @@ impl Decider {
                 figures.round,
                 figures.rest,
                 figures.dirty_rate,
-                figures.send_rate,
+                figures.pace.send_rate,
                 predicted.as_secs_f64(),
                 acceptable.as_secs_f64(),
             ),
@@ -454,8 +510,7 @@ pub fn split_at_freeze(
     shares: &Shares,
     rest: Rest,
     heat: &Heat,
-    rtt: Duration,
-    send_rate: f64,
+    pace: &Pace,
 ) -> FreezeSplit {
     let Rest { stale, unsent } = rest;
     let mut behind = stale.clone();
@@ -464,7 +519,7 @@ pub fn split_at_freeze(
         Mode::Precopy => behind.clone(),
         Mode::Postcopy => Blocks::new(),
         Mode::Hybrid => {
-            let within = |limit: Duration| fits(limit, rtt, send_rate);
+            let within = |limit: Duration| fits(limit, pace);
             let target = limits
                 .target
                 .min(limits.max_downtime.unwrap_or(Duration::MAX));

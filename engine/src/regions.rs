@@ -57,6 +57,15 @@ impl Regions {
             .sum()
     }
 
+    /// Pages of those that are in regions of this kind.
+    pub fn pages_of_kind(&self, blocks: &Blocks, kind: RegionKind) -> u64 {
+        blocks
+            .iter()
+            .filter(|(region, _)| self.kind(*region) == kind)
+            .map(|(region, set)| set.len() * self.pages_per_block(region))
+            .sum()
+    }
+
     /// Those of the blocks that are in regions of this kind.
     pub fn of_kind(&self, blocks: &Blocks, kind: RegionKind) -> Blocks {
         blocks

@@ -3,10 +3,10 @@
 
 use std::time::Duration;
 
-use hybridmig_transport::UrgentStats;
 use hybridmig_transport::message::{
     DestinationSummary, GuestDescription, Mode, RegionInfo, ResumeTimings, SessionId,
 };
+use hybridmig_transport::{RepairStats, UrgentStats};
 use serde::{Deserialize, Serialize};
 
 use crate::agility::Agility;
@@ -243,7 +243,7 @@ pub struct Round {
     pub blocks: u64,
     /// Bytes that they took on the wire.
     pub bytes: u64,
-    /// Blocks found dirty when it ended.
+    /// Blocks written after they had been handed out.
     pub dirty_after: u64,
     /// Its length in seconds.
     pub seconds: f64,
@@ -345,6 +345,9 @@ pub struct Link {
     /// What the urgent lane's datagrams have done, on the last connection.
     #[serde(default)]
     pub urgent: UrgentStats,
+    /// What parity has done for the streams of the freeze.
+    #[serde(default)]
+    pub repair: RepairStats,
     /// Longest time, in seconds, in which nothing was heard of the other side.
     #[serde(default)]
     pub longest_silence: f64,
@@ -364,6 +367,7 @@ impl From<LinkFigures> for Link {
             received_bytes: 0,
             reconnects: 0,
             urgent: UrgentStats::default(),
+            repair: RepairStats::default(),
             longest_silence: 0.0,
         }
     }

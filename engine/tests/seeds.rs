@@ -271,6 +271,7 @@ impl Hosts {
     async fn recv(&self, guest: Arc<Arriving>, seeds: Seeds, features: u64) -> DestinationRun {
         let (_cancel, cancelled) = watch::channel(None);
         let job = DestinationJob {
+            keep_in: None,
             guest,
             endpoint: self.destination.clone(),
             config: DestinationConfig {

@@ -168,7 +168,17 @@ async fn say_goodbye_within(
 
 async fn write_control(mut sender: ControlSender, mut queue: mpsc::Receiver<Message>) {
     while let Some(message) = queue.recv().await {
-        if let Err(error) = sender.send(&message).await {
+        // The guest stands still until these have arrived.
+        let awaited = matches!(
+            message,
+            Message::Behind { .. } | Message::Handover { .. } | Message::Declined(_)
+        );
+        let sent = if awaited {
+            sender.send_twice(&message).await
+        } else {
+            sender.send(&message).await
+        };
+        if let Err(error) = sent {
             tracing::debug!("control lane: {error}");
             return;
         }
@@ -232,6 +242,7 @@ fn link_report(link: &Link, reconnects: u32, silence: &Silence) -> crate::report
         received_bytes: stats.received_bytes,
         reconnects,
         urgent: stats.urgent,
+        repair: stats.repair,
         longest_silence: silence.longest().as_secs_f64(),
         ..figures(&stats).into()
     }

@@ -86,6 +86,8 @@ struct Encoded {
     lane: Lane,
     batch: u64,
     bytes: Bytes,
+    /// The handover waits for it.
+    awaited: bool,
 }
 
 /// A chunk to be encoded.
@@ -320,7 +322,12 @@ impl DataPlane {
     fn encode_loop(&self, lanes: &[Lane], mut encoder: Encoder) {
         let bulk = lanes.contains(&Lane::Bulk);
         while let Some(task) = self.next_chunk(lanes) {
-            let Chunk { lane, batch, .. } = task.chunk;
+            let Chunk {
+                lane,
+                batch,
+                awaited,
+                ..
+            } = task.chunk;
             let level = if bulk {
                 self.level.load(Ordering::Relaxed)
             } else {
@@ -339,7 +346,12 @@ impl DataPlane {
             match encoded {
                 Ok(bytes) => {
                     let began = Instant::now();
-                    self.hand_on(Encoded { lane, batch, bytes });
+                    self.hand_on(Encoded {
+                        lane,
+                        batch,
+                        bytes,
+                        awaited,
+                    });
                     effort.waiting += began.elapsed();
                 }
                 Err(error) => {
@@ -493,10 +505,18 @@ async fn send_loop(
     mut queue: mpsc::Receiver<Encoded>,
     inputs: mpsc::Sender<SourceInput>,
 ) {
-    while let Some(Encoded { lane, batch, bytes }) = queue.recv().await {
+    while let Some(encoded) = queue.recv().await {
+        let Encoded {
+            lane, batch, bytes, ..
+        } = encoded;
         let len = bytes.len() as u64;
+        let sent = if encoded.awaited {
+            link.send_batch_with_parity(lane, bytes).await
+        } else {
+            link.send_batch(lane, bytes).await
+        };
         // A link that fails is reported by the control task.
-        if link.send_batch(lane, bytes).await.is_err() {
+        if sent.is_err() {
             return;
         }
         if inputs

@@ -53,6 +53,9 @@ pub struct Chunk {
     /// What of the destination's contents the encoder may refer to (difference, hash). A rejected
     /// record costs a round trip, which during the freeze is downtime.
     pub refer: Refer,
+    /// The handover waits for it, or is likely to: what is lost of it on the way should cost no round
+    /// trip.
+    pub awaited: bool,
 }
 
 /// The contents of a [`Chunk`].

@@ -13,6 +13,7 @@ mod verdict;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
 
 use hybridmig_transport::message::Mode;
 
@@ -62,6 +63,28 @@ fn postcopy_moves_over_a_link_that_holds() {
     // Some blocks are on their way when they are asked for, and not all of those are sent twice.
     let met = tally.on_the_way > 0 && tally.on_the_way < tally.faults;
     assert!(single() || met, "{tally}");
+}
+
+#[test]
+fn a_guest_that_writes_more_than_the_link_carries_is_frozen_after_one_pass() {
+    let writer = |access: u64, interval: u64| {
+        move |seed| {
+            let access = Duration::from_micros(access);
+            Scenario::writer(seed, access, Duration::from_millis(interval))
+        }
+    };
+    // 1500 blocks a second over one that carries 1000, and 30.
+    let heavy = run(40, writer(200, 200));
+    assert_eq!(heavy.moved, heavy.total, "{heavy}");
+    assert!(single() || heavy.rounds == heavy.total, "{heavy}");
+    let light = run(40, writer(10_000, 200));
+    assert_eq!(light.moved, light.total, "{light}");
+    assert!(single() || light.rounds >= 2 * light.total, "{light}");
+    // What is written before it is sent is not sent twice: scans within the pass tell.
+    let seen = run(40, writer(1000, 200)).sent_before as f64;
+    let unseen = run(40, writer(1000, 100_000)).sent_before as f64;
+    // The first pass, nine tenths of it all, is the same.
+    assert!(single() || seen < 0.95 * unseen, "{seen} {unseen}");
 }
 
 #[test]

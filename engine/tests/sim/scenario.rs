@@ -56,6 +56,8 @@ pub struct Scenario {
     /// Share of the accesses that write.
     pub writes: f64,
     pub state_len: u64,
+    /// Time between two scans in a long round; random where it is not given.
+    pub scan_interval: Option<Duration>,
     /// Share of the records that the destination cannot decode, of those that refer to others.
     pub rejections: f64,
     /// When the link is cut, and for how long.
@@ -109,6 +111,7 @@ impl Scenario {
             access: Duration::from_micros(rng.random_range(300..5_000)),
             writes: rng.random_range(0.0..0.9),
             state_len: [0, 700, 70_000, 200_000][rng.random_range(0..4)],
+            scan_interval: None,
             rejections: [0.0, 0.02, 0.2][rng.random_range(0..3)],
             cuts: Vec::new(),
             cut_at_message: None,
@@ -162,6 +165,25 @@ impl Scenario {
     /// Nothing goes wrong but that records cannot be decoded.
     pub fn quiet(seed: u64, mode: Mode) -> Self {
         Self::random(seed, Some(mode)).0
+    }
+
+    /// A guest of 3000 blocks over a link that carries 1000 in a second. Of its writes, one each `access`,
+    /// three in ten go anywhere and the others to a few blocks.
+    pub fn writer(seed: u64, access: Duration, scan_interval: Duration) -> Self {
+        Self {
+            regions: vec![3000],
+            bandwidth: 4_120_000,
+            delay: Duration::from_millis(20),
+            jitter: Duration::ZERO,
+            loss: Loss::None,
+            mem_frac: None,
+            max_downtime: None,
+            writes: 1.0,
+            access,
+            scan_interval: Some(scan_interval),
+            rejections: 0.0,
+            ..Self::quiet(seed, Mode::Hybrid)
+        }
     }
 
     /// The link dies up to four times and comes back.

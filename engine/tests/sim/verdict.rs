@@ -120,6 +120,8 @@ pub struct Tally {
     pub on_the_way: u64,
     pub rejected: u64,
     pub left_behind: u64,
+    /// Blocks handed out while the guest ran at the source.
+    pub sent_before: u64,
 }
 
 impl Tally {
@@ -144,6 +146,7 @@ impl Tally {
         self.on_the_way += end.figures.faults_on_the_way;
         self.rejected += end.figures.rejected;
         self.left_behind += end.figures.behind;
+        self.sent_before += end.figures.precopy.blocks;
         if end.source_crashed || end.destination_crashed {
             self.crashed += 1;
         }

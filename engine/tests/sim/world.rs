@@ -175,6 +175,8 @@ impl World {
         config.min_in_flight = [40_000, 2 << 20][rng.random_range(0..2)];
         config.min_round = Duration::from_millis(10);
         config.max_rounds = [2, 10, 30][rng.random_range(0..3)];
+        let interval = Duration::from_millis([10, 60, 1000][rng.random_range(0..3)]);
+        config.scan_interval = scenario.scan_interval.unwrap_or(interval);
         let listen = DestinationConfig {
             patience: PATIENCE,
             ..DestinationConfig::default()

@@ -39,6 +39,9 @@ pub struct SourceConfig {
     pub max_in_flight: u64,
     /// Shortest time between two scans: scanning costs the guest speed.
     pub min_round: Duration,
+    /// Time between two scans in a round that takes longer: what the guest writes before it was sent
+    /// need not be sent twice. At most [`SCAN_SHARE`] of the time goes to scans.
+    pub scan_interval: Duration,
     /// Only run the checks of both sides.
     pub check_only: bool,
     /// Bits of [`Features`] to offer.
@@ -46,6 +49,9 @@ pub struct SourceConfig {
     /// What the destination is told of this software.
     pub software: String,
 }
+
+/// One in so many parts of a round may go to scans.
+pub const SCAN_SHARE: u32 = 20;
 
 impl SourceConfig {
     /// The defaults for a session of this name.
@@ -57,7 +63,7 @@ impl SourceConfig {
             disk_frac: None,
             disk_fracs: BTreeMap::new(),
             max_downtime: None,
-            target_downtime: Duration::from_millis(300),
+            target_downtime: Duration::from_millis(150),
             max_rounds: 30,
             patience: Duration::from_secs(600),
             chunk_pages: 64,
@@ -65,10 +71,16 @@ impl SourceConfig {
             min_in_flight: 2 << 20,
             max_in_flight: 256 << 20,
             min_round: Duration::from_millis(100),
+            scan_interval: Duration::from_secs(1),
             check_only: false,
             features: Features::ALL,
             software: concat!("hybridmig ", env!("CARGO_PKG_VERSION")).into(),
         }
+    }
+
+    /// Whether the operator has said how much is to move before the guest resumes.
+    pub(super) fn has_share(&self) -> bool {
+        self.mem_frac.is_some() || self.disk_frac.is_some() || !self.disk_fracs.is_empty()
     }
 
     pub(super) fn limits(&self) -> Limits {

@@ -73,6 +73,7 @@ impl SourceMachine {
             lane,
             body,
             refer,
+            awaited: self.before_offer() && (lane == Lane::Freeze || self.round_ends_soon()),
         }
     }
 

@@ -17,6 +17,8 @@ impl SourceMachine {
         let unsent = std::mem::take(&mut self.unsent);
         let mut stale = std::mem::take(&mut self.pending);
         stale.union_with(&dirty);
+        stale.union_with(&std::mem::take(&mut self.hot));
+        stale.union_with(&std::mem::take(&mut self.again));
         stale.union_with(&std::mem::take(&mut self.resend));
         // What was never sent is not stale by having been written.
         stale.subtract(&unsent);
@@ -26,8 +28,7 @@ impl SourceMachine {
             &self.shares(),
             rest,
             &self.heat,
-            self.estimator.rtt(),
-            self.estimator.pages_per_second(),
+            &self.pace(),
         );
         self.figures.freeze_set = freeze.len();
         self.figures.freeze_set_disk = self.shapes.on_disks(&freeze);
@@ -54,7 +55,7 @@ impl SourceMachine {
         self.state_len = len;
         self.state_hash = hash;
         self.enter(State::LastScan);
-        self.command(SourceCommand::Scan);
+        self.scan(now);
     }
 
     /// What saving the state has dirtied (nothing, as far as was seen). Those blocks move in the

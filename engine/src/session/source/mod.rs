@@ -174,6 +174,12 @@ pub struct SourceMachine {
     populated: Blocks,
     /// To be sent in this round.
     pending: Blocks,
+    /// Of these, those that the guest has written since the round began: they go last.
+    hot: Blocks,
+    /// Their turn has come: `pending` are such too.
+    only_hot: bool,
+    /// Written after they were handed out in this round: to be sent in the next one.
+    again: Blocks,
     /// Rejected by the destination: to be sent again in full.
     resend: Blocks,
     /// Populated blocks that the plan does not move before the freeze.
@@ -190,6 +196,11 @@ pub struct SourceMachine {
     flights: BTreeMap<u64, Flight>,
     in_flight_bytes: u64,
     last_scan: Duration,
+    /// A scan within a round has been asked for.
+    scanning: bool,
+    /// When the last scan was asked for, and what scans take.
+    scan_began: Duration,
+    scan_takes: Duration,
     round_began: RoundStart,
 
     // Handover.
@@ -244,6 +255,9 @@ impl SourceMachine {
             estimator: Estimator::new(),
             populated: Blocks::new(),
             pending: Blocks::new(),
+            hot: Blocks::new(),
+            only_hot: false,
+            again: Blocks::new(),
             resend: Blocks::new(),
             unsent: Blocks::new(),
             freeze_pending: Blocks::new(),
@@ -254,6 +268,9 @@ impl SourceMachine {
             flights: BTreeMap::new(),
             in_flight_bytes: 0,
             last_scan: Duration::ZERO,
+            scanning: false,
+            scan_began: Duration::ZERO,
+            scan_takes: Duration::ZERO,
             round_began: RoundStart::default(),
             postcopy_pass: 0,
             state_len: 0,
@@ -298,7 +315,7 @@ impl SourceMachine {
                 if self.answered(Awaited::Freeze) && self.state == State::Freezing {
                     self.figures.milestones.frozen = Some(now);
                     self.enter(State::FinalScan);
-                    self.command(SourceCommand::Scan);
+                    self.scan(now);
                 }
             }
             SourceInput::StateSaved { len, hash } => {
@@ -362,9 +379,7 @@ impl SourceMachine {
         let patience = self
             .waits_for_peer()
             .then(|| self.heard.saturating_add(self.config.patience));
-        let round =
-            (self.state == State::Round && self.pending.is_empty() && self.resend.is_empty())
-                .then(|| self.next_scan());
+        let round = (self.state == State::Round && self.round_is_out()).then(|| self.next_scan());
         patience.into_iter().chain(round).min()
     }
 
@@ -521,11 +536,13 @@ impl SourceMachine {
     /// Takes the steps that need no input, only that something has run empty.
     fn advance(&mut self, now: Duration) {
         match self.state {
-            State::Round
-                if self.pending.is_empty() && self.resend.is_empty() && now >= self.next_scan() =>
-            {
+            State::Round if self.round_is_out() && now >= self.next_scan() => {
                 self.enter(State::Scanning);
-                self.command(SourceCommand::Scan);
+                self.scan(now);
+            }
+            State::Round if self.scan_is_due(now) => {
+                self.scanning = true;
+                self.scan(now);
             }
             State::Draining if self.in_flight_bytes <= self.drained() => {
                 self.enter(State::Freezing);

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use super::config::SCAN_SHARE;
 use super::{ChunkBody, ChunkKind, Lane, RoundReport, RoundStart, SourceMachine, State};
 use crate::blocks::{BlockSet, Blocks, RegionId};
-use crate::plan::{self, RoundFigures, Share, Shares, Verdict};
-use crate::session::io::{Chunk, Refer, SourceOutcome};
+use crate::plan::{self, Midway, Pace, RoundFigures, Share, Shares, Verdict};
+use crate::session::io::{Chunk, Refer, SourceCommand, SourceOutcome};
 use hybridmig_transport::message::{Mode, RegionInfo, RegionKind};
 
 impl SourceMachine {
@@ -102,42 +103,141 @@ impl SourceMachine {
         self.last_scan.saturating_add(self.config.min_round)
     }
 
+    pub(super) fn scan(&mut self, now: Duration) {
+        self.scan_began = now;
+        self.command(SourceCommand::Scan);
+    }
+
+    /// Blocks that are to be handed out in this round.
+    pub(super) fn left_of_round(&self) -> u64 {
+        self.pending.len() + self.hot.len()
+    }
+
+    /// How long that takes, in seconds.
+    fn left_seconds(&self) -> f64 {
+        let (memory, disks) = self.pages_of([&self.pending, &self.hot]);
+        self.estimator.seconds(memory, disks)
+    }
+
+    /// Whether the round's blocks are out, and so far on their way that a freeze would not wait for
+    /// them.
+    pub(super) fn round_is_out(&self) -> bool {
+        self.left_of_round() == 0
+            && self.resend.is_empty()
+            && !self.scanning
+            && self.in_flight_bytes <= self.drained()
+    }
+
+    /// Whether the round is long enough for a scan within it: now, and until its end.
+    pub(super) fn scan_is_due(&self, now: Duration) -> bool {
+        let interval = self
+            .config
+            .scan_interval
+            .max(self.scan_takes.saturating_mul(SCAN_SHARE));
+        !self.scanning
+            && now >= self.last_scan.saturating_add(interval)
+            && self.left_seconds() > interval.as_secs_f64() / 2.0
+    }
+
+    /// Whether what is handed out now may still be on its way when the round ends.
+    pub(super) fn round_ends_soon(&self) -> bool {
+        let left = self.left_seconds() * self.estimator.bandwidth();
+        left <= 2.0 * self.drained() as f64
+    }
+
+    pub(super) fn pace(&self) -> Pace {
+        Pace {
+            send_rate: self.estimator.pages_per_second(),
+            rtt: self.estimator.rtt(),
+            loss: self.estimator.link_figures().loss,
+            scan: self.scan_takes,
+        }
+    }
+
     /// A scan has been answered; what it means depends on when it was asked for.
     pub(super) fn scanned(&mut self, now: Duration, dirty: Blocks) {
-        if !matches!(
-            self.state,
-            State::Scanning | State::FinalScan | State::LastScan
-        ) {
+        let within = std::mem::take(&mut self.scanning);
+        let wanted = match self.state {
+            State::Round => within,
+            State::Scanning | State::FinalScan | State::LastScan => true,
+            _ => false,
+        };
+        if !wanted {
             return;
         }
         self.heard = now;
         let interval = now.saturating_sub(self.last_scan);
         self.last_scan = now;
+        let took = now.saturating_sub(self.scan_began);
+        self.scan_takes = if self.scan_takes.is_zero() {
+            took
+        } else {
+            (self.scan_takes + took) / 2
+        };
         self.heat.scanned(&dirty);
         self.populated.union_with(&dirty);
         // Every version sent from here on supersedes those of before.
         self.pass += 1;
         match self.state {
+            State::Round => self.written_meanwhile(now, dirty, interval),
             State::Scanning => self.round_done(now, dirty, interval),
             State::FinalScan => self.frozen_rest(now, dirty),
             _ => self.state_dirtied(now, dirty),
         }
     }
 
-    fn round_done(&mut self, now: Duration, dirty: Blocks, interval: Duration) {
-        let dirty_count = dirty.len();
+    /// What has been handed out in this round must go again in the next one. What has not goes last, as it
+    /// is then: the guest may well write it once more before.
+    fn written_meanwhile(&mut self, now: Duration, mut dirty: Blocks, interval: Duration) {
+        let seconds = interval.as_secs_f64().max(1e-3);
+        self.figures.dirty_rate = dirty.len() as f64 / seconds;
         self.warm(&dirty);
-        self.pending.union_with(&dirty);
-        // What was never sent is not behind by having been written.
-        self.pending.subtract(&self.unsent);
+        let mut calm = self.pending.clone();
+        calm.subtract(&dirty);
+        let mut written = std::mem::replace(&mut self.pending, calm);
+        written.subtract(&self.pending);
+        self.hot.union_with(&written);
+        dirty.subtract(&self.hot);
+        dirty.subtract(&self.unsent);
+        dirty.subtract(&self.again);
+        self.again.union_with(&dirty);
+        let calm = self.shapes.pages(&self.pending);
+        let midway = Midway {
+            send_rate: self.estimator.pages_per_second(),
+            undone_rate: self.shapes.pages(&dirty) as f64 / seconds,
+            calm: if self.only_hot { 0 } else { calm },
+        };
+        // A share that the operator named is sent whatever comes of it.
+        let may_freeze = self.config.mode == Mode::Hybrid && !self.config.has_share();
+        if may_freeze && !midway.pays() {
+            let rest = self.left_of_round() + self.again.len() + self.resend.len();
+            self.report_round(now, rest);
+            self.enter(State::Draining);
+        }
+    }
+
+    fn report_round(&mut self, now: Duration, dirty_after: u64) {
         let began = self.round_began;
         let pre = self.figures.precopy;
         self.figures.rounds.push(RoundReport {
             blocks: pre.blocks - began.blocks,
             bytes: pre.bytes - began.bytes,
-            dirty_after: dirty_count,
+            dirty_after,
             seconds: now.saturating_sub(began.at).as_secs_f64(),
         });
+    }
+
+    fn round_done(&mut self, now: Duration, dirty: Blocks, interval: Duration) {
+        let dirty_count = dirty.len();
+        self.only_hot = false;
+        self.warm(&dirty);
+        self.pending.union_with(&dirty);
+        self.pending.union_with(&std::mem::take(&mut self.again));
+        // What was never sent is not behind by having been written.
+        self.pending.subtract(&self.unsent);
+        let began = self.round_began;
+        let pre = self.figures.precopy;
+        self.report_round(now, self.pending.len());
         let rest = self.shapes.pages(&self.pending) + self.shapes.pages(&self.resend);
         let seconds = interval.as_secs_f64().max(1e-3);
         self.figures.dirty_rate = dirty_count as f64 / seconds;
@@ -146,8 +246,7 @@ impl SourceMachine {
             rest,
             rest_before: began.rest,
             dirty_rate: self.shapes.pages(&dirty) as f64 / seconds,
-            send_rate: self.estimator.pages_per_second(),
-            rtt: self.estimator.rtt(),
+            pace: self.pace(),
         };
         self.round_began = RoundStart {
             at: now,
@@ -174,9 +273,14 @@ impl SourceMachine {
                 if let Some((region, blocks)) = self.shapes.pop(&mut self.resend, pages) {
                     for block in &blocks {
                         self.pending.remove(region, *block);
+                        self.hot.remove(region, *block);
                     }
                     let body = ChunkBody::Blocks { region, blocks };
                     return Some(self.chunk(Lane::Bulk, ChunkKind::Resend, body, Refer::Nothing));
+                }
+                if self.pending.is_empty() {
+                    self.only_hot = true;
+                    self.pending = std::mem::take(&mut self.hot);
                 }
                 // Disks first: they change more slowly than memory.
                 let (region, blocks) = self.shapes.pop_disks_first(&mut self.pending, pages)?;

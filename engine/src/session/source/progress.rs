@@ -34,7 +34,7 @@ pub struct RoundReport {
     pub blocks: u64,
     /// Bytes sent during it.
     pub bytes: u64,
-    /// Blocks that the scan at its end found dirty.
+    /// Blocks that were found dirty after they had been handed out.
     pub dirty_after: u64,
     /// How long it took.
     pub seconds: f64,
@@ -236,19 +236,14 @@ pub struct SourceProgress {
 impl SourceMachine {
     /// Where the session stands. How long the transport has been silent is for the driver to add.
     pub fn progress(&self, now: Duration) -> SourceProgress {
-        let sets = match self.state {
+        let (memory, disks) = match self.state {
             State::Offered | State::Accepting | State::PostCopy => {
-                [&self.remaining, &self.urgent_set, &self.resend]
+                self.pages_of([&self.remaining, &self.urgent_set, &self.resend])
             }
-            _ => [&self.pending, &self.freeze_pending, &self.resend],
+            _ => self.pages_of([&self.pending, &self.hot, &self.freeze_pending, &self.resend]),
         };
-        let remaining: u64 = sets.iter().map(|set| self.shapes.pages(set)).sum();
-        let on_disks = |set: &&Blocks| {
-            let disks = self.shapes.of_kind(set, RegionKind::Disk);
-            self.shapes.pages(&disks)
-        };
-        let disks: u64 = sets.iter().map(on_disks).sum();
-        let eta = self.estimator.seconds(remaining - disks, disks);
+        let remaining = memory + disks;
+        let eta = self.estimator.seconds(memory, disks);
         let milestones = &self.figures.milestones;
         SourceProgress {
             phase: self.phase(),
@@ -278,6 +273,15 @@ impl SourceMachine {
                 until.saturating_sub(now)
             }),
         }
+    }
+
+    /// Pages of memory and of disks in these sets.
+    pub(super) fn pages_of<const N: usize>(&self, sets: [&Blocks; N]) -> (u64, u64) {
+        let of = |kind| {
+            let pages = |set: &&Blocks| self.shapes.pages_of_kind(set, kind);
+            sets.iter().map(pages).sum()
+        };
+        (of(RegionKind::Memory), of(RegionKind::Disk))
     }
 
     /// What the transport said of the link last.
