@@ -10,7 +10,8 @@ use hybridmig_transport::congestion::adaptive::{Adaptive, Hints};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 
-use crate::rivals::{Bbr, Cubic};
+use crate::bbr::Bbr;
+use crate::rivals::{Acks, Cubic};
 
 pub const PACKET: u64 = 1452;
 /// Bytes of a packet that acknowledges.
@@ -35,11 +36,12 @@ impl Control {
         }
     }
 
-    /// Bytes a second.
+    /// Bytes a second. What only acknowledgements clock goes out at once.
     fn pace(&self, srtt: f64) -> f64 {
         match self {
             Self::Bbr(control) => control.pace(),
-            _ => 1.25 * self.window() as f64 / srtt,
+            Self::Cubic(_) => f64::INFINITY,
+            Self::Adaptive(_) => 1.25 * self.window() as f64 / srtt,
         }
     }
 }
@@ -56,7 +58,7 @@ pub struct Sender {
     in_flight: BTreeMap<u64, Duration>,
     next_send: Duration,
     srtt: f64,
-    /// Packets later than which one counts as lost; by RFC 9002 three.
+    /// Packets later than which one counts as lost; three for TCP.
     pub reordering: u64,
     pub sent: u64,
     pub received: u64,
@@ -98,14 +100,18 @@ impl Model {
     /// Senders that start at different times.
     pub fn with(text: &str, controls: Vec<(Duration, Control)>, seed: u64) -> Self {
         let spec = link(text);
-        let sender = |(index, (starts, control))| Sender {
+        let sender = |(index, (starts, control)): (usize, (Duration, Control))| Sender {
+            reordering: if matches!(control, Control::Adaptive(_)) {
+                64
+            } else {
+                3
+            },
             control,
             starts,
             next_number: 0,
             in_flight: BTreeMap::new(),
             next_send: starts,
             srtt: spec.rtt().as_secs_f64().max(1e-4),
-            reordering: 64,
             sent: 0,
             received: 0,
             untold: Vec::new(),
@@ -275,6 +281,11 @@ impl Model {
 }
 
 impl Sender {
+    /// Has nothing to send any more.
+    pub fn leave(&mut self) {
+        self.starts = Duration::MAX;
+    }
+
     /// An adaptive one that has heard too little of its packets gets no timer from QUIC but this.
     fn probe_at(&self) -> Option<Duration> {
         (!self.in_flight.is_empty())
@@ -308,6 +319,9 @@ impl Sender {
         if let Control::Adaptive(control) = &mut self.control {
             control.on_sent(now, PACKET);
         }
+        if let Control::Bbr(control) = &mut self.control {
+            control.on_sent(now, number, self.in_flight.len() as u64);
+        }
         self.in_flight.insert(number, now);
         let gap = Duration::from_secs_f64(PACKET as f64 / self.control.pace(self.srtt));
         // As quinn's bucket: what a late wake-up did not send within 2 ms is not made up for.
@@ -336,12 +350,12 @@ impl Sender {
         let Some(largest) = group.iter().map(|(number, _)| *number).max() else {
             return;
         };
-        let mut acked = 0;
+        let mut acked = Vec::new();
         for (number, sent) in group {
             if self.in_flight.remove(number).is_none() {
                 continue;
             }
-            acked += 1;
+            acked.push((*number, *sent));
             let sample = now.saturating_sub(*sent).as_secs_f64();
             self.srtt += (sample - self.srtt) / 8.0;
             if let Control::Adaptive(control) = &mut self.control {
@@ -361,7 +375,12 @@ impl Sender {
             self.in_flight.remove(number);
         }
         let in_flight = self.in_flight.len() as u64 * PACKET;
-        let rtt = now.saturating_sub(group[group.len() - 1].1).as_secs_f64();
+        let acks = Acks {
+            acked: &acked,
+            lost: &lost,
+            in_flight: self.in_flight.len() as u64,
+            next: self.next_number,
+        };
         match &mut self.control {
             Control::Adaptive(control) => {
                 control.on_acks_done(now, in_flight);
@@ -369,8 +388,8 @@ impl Sender {
                     control.on_loss(lost.len() as u64 * PACKET);
                 }
             }
-            Control::Cubic(control) => control.on_acks(now, acked, lost.len() as u64, rtt),
-            Control::Bbr(control) => control.on_acks(now, acked, rtt),
+            Control::Cubic(control) => control.on_acks(now, &acks),
+            Control::Bbr(control) => control.on_acks(now, &acks),
         }
     }
 }

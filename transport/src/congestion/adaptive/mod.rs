@@ -17,8 +17,8 @@
 //! host that wakes up late, or jitter, looks like a queue.
 //!
 //! A queue that outlives the window's yielding belongs to someone else, or the path has become longer. Then
-//! the window holds a share of what the link is known to carry, and yields for one round trip now and then:
-//! if that shortens nothing, there is no queue, and R was wrong.
+//! the window holds a share of what the link is known to carry ([`sharing`]), and yields for one round trip now
+//! and then: if that shortens nothing, there is no queue, and R was wrong.
 //!
 //! It is a window, not a rate, because the QUIC stack below paces at 1.25 · W / srtt on its own.
 
@@ -26,6 +26,7 @@ mod history;
 mod loss;
 mod rates;
 mod round_trips;
+mod sharing;
 mod startup;
 
 use std::time::Duration;
@@ -34,6 +35,7 @@ use history::{History, Lately, Sample};
 use loss::Losses;
 use rates::Rates;
 use round_trips::{MIN_SAMPLES, RoundTrips, Slice};
+use sharing::{Others, Probed};
 
 /// Queue to aim at, as a share of the round trip and in seconds, and the same while a guest waits for pages.
 const TARGET: f64 = 0.02;
@@ -83,20 +85,6 @@ const LONGEST_REST: u32 = 64;
 
 /// Rounds with a queue that does not yield before it counts as someone else's.
 const SHARED_ROUNDS: u32 = 5;
-/// What the window then holds of what the link can carry.
-const SHARE: f64 = 0.45;
-/// What it claims beyond: growth per round, and cut when more than this is lost beyond the usual.
-const CLAIM_GROWTH: f64 = 1.03;
-const CLAIM_CUT: f64 = 0.75;
-const LOSS_OF_CLAIM: f64 = 0.005;
-/// Every how many such rounds it yields to see whether the queue is one.
-const PROBE_ROUNDS: u32 = 8;
-/// The window while it yields.
-const PROBE: f64 = 0.5;
-/// A yielding that shortens the queue by less than this share of the round trip has shown nothing.
-const PROBE_SEEN: f64 = 0.02;
-/// What a link carries is not believed to be more than this multiple of what it has delivered to us.
-const DISCOVERY: f64 = 3.0;
 /// How long what the link could carry is remembered while nobody else uses it.
 const PEAK_AGE: f64 = 60.0;
 /// Silence of so many round trips and seconds is an outage: what was in flight then tells nothing.
@@ -138,16 +126,6 @@ enum Mode {
     ProbeSeen(Probed),
 }
 
-/// What was before a probe.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Probed {
-    /// In seconds.
-    rtt: f64,
-    window: f64,
-    /// Delivery in bytes/s.
-    rate: f64,
-}
-
 /// A round trip: it ends when a packet sent after it began is acknowledged.
 #[derive(Clone, Copy, Debug)]
 struct Round {
@@ -165,6 +143,9 @@ struct Round {
     tried: bool,
     /// Smallest median of a slice.
     rtt: f64,
+    /// Largest flight in bytes and queue in seconds of a slice.
+    flight: f64,
+    queue: f64,
 }
 
 /// See the module's text. All times are since an origin of the caller's choice.
@@ -195,8 +176,7 @@ pub struct Adaptive {
     /// Rounds until growth is tried again, and how many that were at the last time.
     rest: u32,
     last_rest: u32,
-    /// What the window does not yield below on a shared link.
-    claim: f64,
+    others: Others,
     startup_rate: f64,
     flat_rounds: u32,
     queued_samples: u32,
@@ -228,7 +208,7 @@ impl Adaptive {
             empty_rounds: 0,
             rest: 0,
             last_rest: 0,
-            claim: 0.0,
+            others: Others::default(),
             startup_rate: 0.0,
             flat_rounds: 0,
             queued_samples: 0,
@@ -441,22 +421,30 @@ impl Adaptive {
         } else {
             (0, self.clear_slices + 1)
         };
+        self.round.flight = self.round.flight.max(typical.flight);
+        self.round.queue = self.round.queue.max(typical.rtt - self.rtts.min);
         self.round.queued &= too_long;
         self.round.long |= too_long;
         self.round.occupied |= queue > 0.5 * target;
+        let share = self.steady_share();
         let ideal = typical.flight * (self.rtts.min + target) / (self.rtts.min + queue);
-        match self.mode {
-            Mode::Startup | Mode::Drain | Mode::Probe(_) | Mode::ProbeSeen(_) => {}
-            Mode::Shared(_) if self.clear_slices >= CLEAR_SLICES => {
+        let competing = self.others.competing(typical.flight, share);
+        match (self.mode, competing) {
+            (Mode::Startup | Mode::Drain | Mode::Probe(_) | Mode::ProbeSeen(_), _) => {}
+            (Mode::Shared(_), _) if self.clear_slices >= CLEAR_SLICES => {
                 // It was ours after all, or they have gone.
                 self.mode = Mode::Steady;
                 self.forget_queue();
             }
-            Mode::Shared(_) => {
+            (Mode::Shared(_), _) => {
                 self.peak_at = now;
-                self.window = self.bounded(ideal.max(self.fair_share()).max(self.claim));
+                self.window = self.bounded(ideal.max(self.fair_share()).max(self.others.claim));
             }
-            Mode::Steady if self.queued_slices >= QUEUED_SLICES => {
+            (Mode::Steady, Some(flight)) if !self.held => {
+                // The queue is not of our making: it goes by itself, or it stands and counts as shared.
+                self.window = self.bounded(self.window.max(flight));
+            }
+            (Mode::Steady, _) if self.queued_slices >= QUEUED_SLICES => {
                 let slower = queue > SLOWER * self.rtts.min && queue > 3.0 * self.rtts.noise;
                 let long = self.queued_slices >= SLOWER_SLICES && standing;
                 if slower && long && !self.round.slower && self.deaf_rounds == 0 {
@@ -469,10 +457,14 @@ impl Adaptive {
                 // What was never in flight has made no queue.
                 if slower || typical.flight >= TRIED * typical.window {
                     let floor = FLOOR * self.product(self.rates.known());
-                    self.window = self.bounded(self.window.min(ideal.max(floor)));
+                    if ideal < share {
+                        // It is not known whose queue that is: the link is not taken for what is left of it.
+                        self.peak_at = now;
+                    }
+                    self.window = self.bounded(self.window.min(ideal.max(floor).max(share)));
                 }
             }
-            Mode::Steady => {
+            (Mode::Steady, _) => {
                 let queue = queue.max(typical.rtt - self.rtts.min);
                 if queue <= target {
                     self.grow(typical, queue <= 0.5 * target);
@@ -486,7 +478,7 @@ impl Adaptive {
         let known = self.product(self.rates.known());
         let target = 1.0 + self.target() / self.rtts.min;
         // Up to what the link was seen to carry there is nothing to try out.
-        let trusted = known * target;
+        let trusted = (known * target).max(self.steady_share());
         // A window that was not full has shown nothing, unless it never gets full (late wake-ups).
         let full = sample.flight >= TRIED * sample.window;
         let tried = if full || self.empty_rounds >= 2 {
@@ -513,11 +505,6 @@ impl Adaptive {
             self.round.tried = true;
             self.window = self.bounded(self.window.max(grown));
         }
-    }
-
-    /// What the window holds of a link that others use as well.
-    fn fair_share(&self) -> f64 {
-        self.flight(SHARE * self.rates.peak(), self.rtts.newest)
     }
 
     fn end_round(&mut self, now: Duration) {
@@ -561,48 +548,9 @@ impl Adaptive {
                 }
                 self.end_steady_round(&round, mean, before, lost, unusual);
             }
-            Mode::Shared(rounds) => {
-                // Beyond that share the others decide, by the loss that both make: as they do.
-                let usual = lost <= self.losses.usual() + LOSS_OF_CLAIM;
-                self.claim = self.window * if usual { CLAIM_GROWTH } else { CLAIM_CUT };
-                self.mode = Mode::Shared(rounds + 1);
-                if (rounds + 1).is_multiple_of(PROBE_ROUNDS) {
-                    self.mode = Mode::Probe(Probed {
-                        rtt: self.rtts.newest,
-                        window: self.window,
-                        rate: mean,
-                    });
-                    self.window = self.bounded(PROBE * self.window);
-                }
-            }
+            Mode::Shared(rounds) => self.end_shared_round(rounds, mean, lost),
             Mode::Probe(before) => self.mode = Mode::ProbeSeen(before),
             Mode::ProbeSeen(before) => self.end_probe(before, &round, lost),
-        }
-    }
-
-    /// What others have in flight hardly changes within a round trip, so that the queue becomes shorter by
-    /// the time that the link takes for what was not sent.
-    fn end_probe(&mut self, before: Probed, round: &Round, lost: f64) {
-        let shorter = before.rtt - round.rtt;
-        if shorter > (PROBE_SEEN * self.rtts.min).max(self.rtts.noise) {
-            let carries = (1.0 - PROBE) * before.window / shorter;
-            let most = DISCOVERY * before.rate;
-            self.rates.set_peak(carries.clamp(before.rate, most));
-            self.mode = Mode::Shared(0);
-        } else if lost > LOSS_LIMIT && self.rates.latest() < 0.8 * before.rate {
-            // Others fill the queue whatever is taken out of it.
-            self.mode = Mode::Shared(0);
-        } else if lost > LOSS_LIMIT {
-            // Half was still too much: the link is not what it was.
-            self.rates.forget_above(self.rates.latest());
-            self.rates.settle();
-            self.forget_queue();
-            self.drain();
-        } else {
-            // The path itself is longer than it was, or next to nothing of the queue is ours.
-            self.rtts.min = round.rtt;
-            self.mode = Mode::Steady;
-            self.forget_queue();
         }
     }
 
@@ -620,6 +568,9 @@ impl Adaptive {
         lost: f64,
         unusual: bool,
     ) {
+        let unrest = self.rtts.unrest();
+        self.others
+            .note(round, &self.rates, self.rtts.min, unrest, rate);
         self.rest = self.rest.saturating_sub(1);
         self.empty_rounds = match (round.occupied, round.queued) {
             (false, _) => self.empty_rounds + 1,
@@ -637,7 +588,7 @@ impl Adaptive {
         }
         if self.queued_rounds >= SHARED_ROUNDS {
             self.mode = Mode::Shared(0);
-            self.claim = 0.0;
+            self.others.claim = 0.0;
         }
         if lost > LOSS_LIMIT && rate < before * 0.9 && !round.limited {
             self.rates.forget_above(rate);
@@ -694,6 +645,8 @@ impl Round {
             slower: false,
             tried: false,
             rtt: f64::INFINITY,
+            flight: 0.0,
+            queue: 0.0,
         }
     }
 }
