@@ -96,7 +96,7 @@ const DEAF_ROUNDS: u32 = 3;
 const MIN_PACKETS: f64 = 8.0;
 /// Window at the start without hints, in packets (RFC 9002 allows ten; the link was chosen to carry
 /// a guest).
-const INITIAL_PACKETS: f64 = 64.0;
+const INITIAL_PACKETS: f64 = 128.0;
 
 /// What is known before the first packet.
 #[derive(Clone, Copy, Debug, Default)]
