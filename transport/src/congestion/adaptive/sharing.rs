@@ -15,7 +15,9 @@ use super::rates::Rates;
 use super::{Adaptive, LOSS_LIMIT, Mode, Round};
 
 /// What the window holds of what the link can carry.
-const SHARE: f64 = 0.45;
+const SHARE: f64 = 0.5;
+/// The same where no queue stands: less, so that a link that has become half as fast is no shared one.
+const STEADY_SHARE: f64 = 0.45;
 /// Share of bytes lost beyond the usual that means that others lose as well.
 const LOSS_OF_CLAIM: f64 = 0.005;
 /// Growth of a claim per round without such loss, and what is left of it after one with it, …
@@ -160,7 +162,7 @@ impl Others {
 impl Adaptive {
     /// What the window does not yield below, and grows to, where there is no queue for long.
     pub(super) fn steady_share(&self) -> f64 {
-        self.product(SHARE * self.rates.peak())
+        self.product(STEADY_SHARE * self.rates.peak())
     }
 
     /// What the window holds of a link with a queue that others use as well.
