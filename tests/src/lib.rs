@@ -4,7 +4,7 @@
 //! Whatever a fixture starts dies with it, and with the test process however that ends.
 
 pub mod console;
-pub mod disks;
+pub mod disk;
 pub mod image;
 pub mod keeper;
 pub mod migration;

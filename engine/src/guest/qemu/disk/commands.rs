@@ -122,9 +122,9 @@ command! {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Device {
     /// Its name, `virtio0`; empty where `-blockdev` is used.
-    #[serde(default)]
-    pub device: String,
-    /// Where the device is in the object tree; absent if no device of the guest uses it.
+    #[serde(default, rename = "device")]
+    pub name: String,
+    /// The device's id, or its path in the object tree; absent if no device of the guest uses it.
     pub qdev: Option<String>,
     /// The medium.
     pub inserted: Option<Medium>,
@@ -183,10 +183,10 @@ pub struct Bitmap {
 
 /// A node of the block graph.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
 pub struct Node {
     /// Its name.
-    pub node_name: Option<String>,
+    #[serde(rename = "node-name")]
+    pub name: Option<String>,
     /// Its driver.
     pub drv: String,
     /// Name of its file.

@@ -11,8 +11,10 @@
 //! The operator's nodes stay as they were made, with all of their options: `hybridmig-keep-N` holds
 //! them while no device does. With that they are opened but not written, and QEMU holds no lock on the
 //! image; the server may. A node whose name QEMU made up cannot be reopened, which is why the
-//! device's root is switched (`qom-set` of `drive`), and `hybridmig-disk-N` is there to bring the
-//! local node into the device's thread before the device gets it: QEMU 10 dies where these differ.
+//! device's root is switched (`qom-set` of `drive`). The device must never get a node of another
+//! thread than its own: QEMU 7.2 then hangs, and 10 dies. So `hybridmig-disk-N` begins above the local
+//! node, and is switched (`blockdev-reopen`) between that and the server while it is the device's: QEMU
+//! then moves what it gets into its thread.
 
 use std::collections::HashMap;
 use std::fs;
@@ -29,7 +31,7 @@ use super::commands::{
     BlockdevAdd, BlockdevDel, BlockdevReopen, BlockdevSetActive, Device, Graph, Node, QomSet,
     QueryBlockDevices, QueryGraph, QueryNodes,
 };
-use super::facts::{is_ours, name_of};
+use super::facts::{is_ours, name_of, object_path};
 use crate::guest::qemu::commands::QueryStatus;
 use crate::guest::qemu::process::QemuProcess;
 use crate::guest::qemu::qmp::{Qmp, QmpError};
@@ -40,6 +42,8 @@ use crate::guest::{GuestError, GuestResult};
 const RECONNECT_DELAY: u32 = 7 * 24 * 3600;
 /// How long a switch may take: it drains the device, and QEMU's main loop may wait for a page.
 const SWITCH_TIMEOUT: Duration = Duration::from_secs(180);
+/// More disks than any QEMU takes.
+const MOST_DISKS: u32 = 1 << 16;
 /// How many nodes of one device are looked at, one below the other.
 const DEPTH: usize = 16;
 
@@ -59,11 +63,11 @@ pub struct LocalDisk {
     pub name: String,
     /// What the guest sees of it, in bytes.
     pub bytes: u64,
-    /// The local image, which is raw: its file, or a block device, as we can open it.
+    /// The local image, a raw file, as we can open it.
     pub path: PathBuf,
     /// Whether QEMU opens it so that the page cache is bypassed.
     pub direct: bool,
-    /// The device in the object tree.
+    /// The device, as `query-block` names it.
     qdev: String,
     /// The operator's node.
     node: String,
@@ -127,15 +131,12 @@ impl DestinationDisks {
             )));
         }
         // What another process may have left.
-        self.release(qmp, disk)?;
-        let result = disk.add_nodes(qmp, socket, export).and_then(|()| {
-            disk.set_root(qmp, &disk.layer())?;
-            disk.check_holder(qmp)
-        });
+        disk.let_go(qmp)?;
+        let result = disk.switch(qmp, socket, export);
         result.map_err(|error| {
             let reach = error.to_string().contains("Permission denied");
             // What failed is said; what this finds to undo is less.
-            if let Err(error) = self.release(qmp, disk) {
+            if let Err(error) = disk.let_go(qmp) {
                 tracing::warn!(error = error.chain(), "cannot undo a switch");
             }
             let error = cannot(error);
@@ -154,16 +155,7 @@ impl DestinationDisks {
     /// removes every node of ours. The local image must be complete, and the server still answer: QEMU
     /// waits for what is under way. May be called again, and when nothing is attached.
     pub fn detach(&self, qmp: &Qmp, disk: usize) -> GuestResult<()> {
-        self.release(qmp, self.get(disk)?)
-    }
-
-    fn release(&self, qmp: &Qmp, disk: &LocalDisk) -> GuestResult<()> {
-        disk.release(qmp).map_err(|error| {
-            disk.failed(
-                "cannot give the local image back to the guest, which goes on with ours, for",
-                error,
-            )
-        })
+        self.get(disk)?.let_go(qmp)
     }
 
     fn get(&self, disk: usize) -> GuestResult<&LocalDisk> {
@@ -186,7 +178,7 @@ impl LocalDisk {
         format!("{NODE_PREFIX}keep-{}", self.number)
     }
 
-    fn add_nodes(&self, qmp: &Qmp, socket: &Path, export: &str) -> Result<(), QmpError> {
+    fn switch(&self, qmp: &Qmp, socket: &Path, export: &str) -> Result<(), QmpError> {
         add(
             qmp,
             json!({
@@ -207,7 +199,17 @@ impl LocalDisk {
                 "discard": "unmap",
             }),
         )?;
-        add(qmp, self.layer_over(&self.nbd()))
+        // First over the local node, whose thread it takes: the device's.
+        add(qmp, self.layer_over(&self.node))?;
+        self.set_root(qmp, &self.layer())?;
+        self.reopen_over(qmp, &self.nbd())?;
+        self.check_holder(qmp)
+    }
+
+    fn reopen_over(&self, qmp: &Qmp, node: &str) -> Result<(), QmpError> {
+        let options = vec![self.layer_over(node)];
+        qmp.execute_within(&BlockdevReopen { options }, SWITCH_TIMEOUT)
+            .map(drop)
     }
 
     fn layer_over(&self, node: &str) -> Any {
@@ -232,6 +234,16 @@ impl LocalDisk {
         }
     }
 
+    /// Switches back and removes our nodes; see [`DestinationDisks::detach`].
+    fn let_go(&self, qmp: &Qmp) -> GuestResult<()> {
+        self.release(qmp).map_err(|error| {
+            self.failed(
+                "cannot give the local image back to the guest, which goes on with ours, for",
+                error,
+            )
+        })
+    }
+
     fn release(&self, qmp: &Qmp) -> Result<(), QmpError> {
         let nodes = nodes(qmp)?;
         if self.root(qmp)?.as_deref() == Some(&self.layer()) {
@@ -246,12 +258,7 @@ impl LocalDisk {
                     SWITCH_TIMEOUT,
                 )?;
             }
-            qmp.execute_within(
-                &BlockdevReopen {
-                    options: vec![self.layer_over(&self.node)],
-                },
-                SWITCH_TIMEOUT,
-            )?;
+            self.reopen_over(qmp, &self.node)?;
             self.set_root(qmp, &self.node)?;
         }
         for name in [self.layer(), self.nbd(), self.keep()] {
@@ -265,7 +272,7 @@ impl LocalDisk {
     fn set_root(&self, qmp: &Qmp, node: &str) -> Result<(), QmpError> {
         qmp.execute_within(
             &QomSet {
-                path: self.qdev.clone(),
+                path: object_path(&self.qdev),
                 property: "drive".to_owned(),
                 value: node.into(),
             },
@@ -359,17 +366,17 @@ impl BlockGraph {
         };
         let file = self.file_below(&node).map_err(|why| {
             format!(
-                "{what} {why}: the image at the destination has to be raw, in a file or on a block \
-                 device: truncate -s {} FILE, and format=raw",
+                "{what} {why}: the image at the destination has to be a raw file: truncate -s {} FILE, \
+                 and format=raw",
                 wanted.bytes
             )
         })?;
         Ok(LocalDisk {
             name: wanted.name.clone(),
             bytes: wanted.bytes,
-            path: local_path(process, &file)
+            path: local_path(process, &file.file)
                 .map_err(|why| format!("{what}: {why}: name the image by its path"))?,
-            direct: self.is_direct(&node),
+            direct: file.cache.is_some_and(|cache| cache.direct),
             qdev: qdev.clone(),
             node,
             number,
@@ -408,23 +415,20 @@ impl BlockGraph {
                     .nodes
                     .contains_key(&format!("{NODE_PREFIX}keep-{number}"))
         };
-        (0..).find(|number| !in_use(number)).unwrap_or(u32::MAX)
+        (0..MOST_DISKS)
+            .find(|number| !in_use(number))
+            .unwrap_or(MOST_DISKS)
     }
 
-    fn is_direct(&self, node: &str) -> bool {
-        let cache = self.nodes.get(node).and_then(|node| node.cache);
-        cache.is_some_and(|cache| cache.direct)
-    }
-
-    /// The name of the file under a raw node, or what is in the way.
-    fn file_below(&self, node: &str) -> Result<String, String> {
+    /// The node of the file under a raw node, or what is in the way.
+    fn file_below(&self, node: &str) -> Result<&Node, String> {
         let mut name = node.to_owned();
         for _ in 0..DEPTH {
             let Some(node) = self.nodes.get(&name) else {
                 return Err(format!("has no node '{name}'"));
             };
             match node.drv.as_str() {
-                "file" | "host_device" => return Ok(node.file.clone()),
+                "file" => return Ok(node),
                 "raw" => {}
                 other => return Err(format!("is {other} here ({})", node.file)),
             }
@@ -466,7 +470,7 @@ fn nodes(qmp: &Qmp) -> Result<HashMap<String, Node>, QmpError> {
     let nodes = qmp.execute_within(&QueryNodes { flat: true }, SWITCH_TIMEOUT)?;
     Ok(nodes
         .into_iter()
-        .filter_map(|node| Some((node.node_name.clone()?, node)))
+        .filter_map(|node| Some((node.name.clone()?, node)))
         .collect())
 }
 

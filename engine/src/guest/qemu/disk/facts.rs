@@ -47,7 +47,7 @@ impl DiskFacts {
 pub struct Disk {
     /// What is known outside of QEMU.
     pub facts: DiskFacts,
-    /// The device that uses it, in the object tree.
+    /// The device that uses it, as `query-block` names it.
     pub qdev: String,
     /// The node that the device uses.
     pub node: String,
@@ -76,9 +76,10 @@ impl Survey {
         let mut names = Vec::new();
         for device in qmp.execute(&QueryBlockDevices {})? {
             let user = match &device.qdev {
-                Some(path) => User {
-                    kind: property(qmp, path, "type")?.unwrap_or_default(),
-                    deadly: qmp.version() < IOTHREAD_EXPORTS && has_iothread(qmp, path)?,
+                Some(qdev) => User {
+                    kind: property(qmp, &object_path(qdev), "type")?.unwrap_or_default(),
+                    deadly: qmp.version() < IOTHREAD_EXPORTS
+                        && has_iothread(qmp, &object_path(qdev))?,
                 },
                 None => User::default(),
             };
@@ -239,7 +240,7 @@ fn why_immovable(medium: &Medium, user: &User) -> Option<String> {
         0 => Some("has no size: enlarge it (QMP block_resize)".to_owned()),
         _ if blocks > u64::from(u32::MAX) => Some(format!(
             "is larger than {} TiB: copy it by other means",
-            u64::from(u32::MAX) * u64::from(BLOCK_SIZE) >> 40
+            (u64::from(u32::MAX) * u64::from(BLOCK_SIZE)) >> 40
         )),
         _ => None,
     }
@@ -262,14 +263,24 @@ fn describe(name: &str, medium: &Medium) -> String {
     )
 }
 
+/// Where a device is in the object tree. QEMU names it by its id if it has one of its own (a SCSI disk), by
+/// its path if not (the inner part of a virtio device).
+pub fn object_path(qdev: &str) -> String {
+    if qdev.starts_with('/') {
+        qdev.to_owned()
+    } else {
+        format!("/machine/peripheral/{qdev}")
+    }
+}
+
 /// What an operator, and the other side, call the drive of a device.
 pub fn name_of(device: &Device) -> String {
-    let path = device.qdev.as_deref().unwrap_or_default();
+    let path = device.qdev.as_deref().map(object_path).unwrap_or_default();
     if let Some(rest) = path.strip_prefix("/machine/peripheral/") {
         return rest.split('/').next().unwrap_or(rest).to_owned();
     }
-    if !device.device.is_empty() {
-        return device.device.clone();
+    if !device.name.is_empty() {
+        return device.name.clone();
     }
     let node = device
         .inserted
