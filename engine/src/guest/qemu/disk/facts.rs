@@ -1,6 +1,8 @@
 //! Which disks a guest has and what becomes of each when the guest moves: asked of QEMU, decided by what
 //! the operator chose. It only asks and changes nothing.
 
+use qapi::Any;
+
 use super::choice::{DiskChoice, DiskTreatment};
 use super::commands::{Device, Medium, QueryBlockDevices, QueryBlockJobs};
 use super::{BLOCK_SIZE, NODE_PREFIX};
@@ -301,26 +303,35 @@ struct User {
     deadly: bool,
 }
 
-/// Whether a device, or the controller that it hangs on, has a thread of its own for I/O.
+/// Whether a device, or the controller that it hangs on, has threads of its own for I/O.
 fn has_iothread(qmp: &Qmp, path: &str) -> Result<bool, QmpError> {
-    let is_set = |path: &str| -> Result<bool, QmpError> {
-        let thread = property(qmp, path, "iothread")?;
-        Ok(thread.is_some_and(|thread| !thread.is_empty()))
-    };
     let bus = property(qmp, path, "parent_bus")?.unwrap_or_default();
     let controller = bus
         .rsplit_once('/')
         .map_or("", |(controller, _)| controller);
-    Ok(is_set(path)? || !controller.is_empty() && is_set(controller)?)
+    for path in [path, controller] {
+        let thread = property(qmp, path, "iothread")?.unwrap_or_default();
+        let mapping = value(qmp, path, "iothread-vq-mapping")?.unwrap_or_default();
+        if !thread.is_empty() || mapping.as_array().is_some_and(|queues| !queues.is_empty()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// A property that is a text; `None` if the object has none of this name.
 fn property(qmp: &Qmp, path: &str, name: &str) -> Result<Option<String>, QmpError> {
+    let value = value(qmp, path, name)?;
+    Ok(value.and_then(|value| value.as_str().map(str::to_owned)))
+}
+
+/// The value of a property; `None` if there is no such object or property.
+fn value(qmp: &Qmp, path: &str, name: &str) -> Result<Option<Any>, QmpError> {
     match qmp.execute(&QomGet {
         path: path.to_owned(),
         property: name.to_owned(),
     }) {
-        Ok(value) => Ok(value.as_str().map(str::to_owned)),
+        Ok(value) => Ok(Some(value)),
         Err(error) if error.is_refusal() => Ok(None),
         Err(error) => Err(error),
     }
