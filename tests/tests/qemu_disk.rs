@@ -348,10 +348,13 @@ fn what_stands_in_the_way_is_said_and_a_killed_send_is_cleaned_up_after() -> Res
 
     source.start()?;
     ensure!(!ours(&mut vm)?.is_empty());
-    // As if killed: nothing is tidied up.
+    // As if killed: nothing is tidied up, until the next one starts.
     std::mem::forget(source);
+    let left = listening_folder(&vm)?;
+    ensure!(left.exists());
     let source = SourceDisks::open(&qmp, &DiskChoice::default())?;
     source.start()?;
+    ensure!(!left.exists() && listening_folder(&vm)?.exists());
     // A snapshot would take the writes elsewhere.
     let overlay = make_qcow2(folder.path(), "overlay", 16 * MIB)?;
     vm.control().execute(
@@ -367,6 +370,29 @@ fn what_stands_in_the_way_is_said_and_a_killed_send_is_cleaned_up_after() -> Res
     ensure!(error.to_string().contains("'disk' was changed"), "{error}");
     source.stop();
     Ok(())
+}
+
+/// The folder of the socket of our server in a QEMU.
+fn listening_folder(vm: &Vm) -> Result<PathBuf> {
+    let mut own = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", vm.pid()))? {
+        own.push(std::fs::read_link(entry?.path())?.display().to_string());
+    }
+    let sockets = std::fs::read_to_string(format!("/proc/{}/net/unix", vm.pid()))?;
+    let socket = sockets.lines().find_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let held = own.contains(&format!("socket:[{}]", words.get(6)?));
+        words
+            .get(7)
+            .filter(|path| held && path.ends_with("/nbd"))
+            .filter(|path| path.contains("hybridmig-nbd-"))
+            .map(|path| PathBuf::from(*path))
+    });
+    let socket = socket.context("QEMU has no server of ours")?;
+    Ok(socket
+        .parent()
+        .context("a socket is in a folder")?
+        .to_owned())
 }
 
 #[test]

@@ -357,9 +357,9 @@ fn make_ram_file(size: u64) -> GuestResult<OwnedFd> {
     Ok(fd)
 }
 
-/// A folder for a socket that only we can look into: who can reach the monitor owns the guest.
-pub(super) fn make_folder(prefix: &str) -> GuestResult<PathBuf> {
-    let base = [std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)]
+/// Where such folders are made.
+pub(super) fn folder_base() -> PathBuf {
+    [std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)]
         .into_iter()
         .flatten()
         .chain([PathBuf::from("/run/hybridmig")])
@@ -371,7 +371,12 @@ pub(super) fn make_folder(prefix: &str) -> GuestResult<PathBuf> {
                 .is_ok()
                 && nix::unistd::access(base, nix::unistd::AccessFlags::W_OK).is_ok()
         })
-        .unwrap_or_else(std::env::temp_dir);
+        .unwrap_or_else(std::env::temp_dir)
+}
+
+/// A folder for a socket that only we can look into: who can reach the monitor owns the guest.
+pub(super) fn make_folder(prefix: &str) -> GuestResult<PathBuf> {
+    let base = folder_base();
     let cannot = |error: io::Error| {
         GuestError::caused(
             format!(

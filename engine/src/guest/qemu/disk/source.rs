@@ -10,7 +10,7 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ use super::page_cache::CacheWatch;
 use super::pool::{self, Pool};
 use super::{BLOCK_SIZE, NODE_PREFIX};
 use crate::blocks::BlockSet;
-use crate::guest::qemu::launch::{make_folder, remove_folder};
+use crate::guest::qemu::launch::{folder_base, make_folder, remove_folder};
 use crate::guest::qemu::preflight::Finding;
 use crate::guest::qemu::process::QemuProcess;
 use crate::guest::qemu::qmp::{QemuVersion, Qmp, QmpError};
@@ -40,6 +40,8 @@ const INACTIVE_EXPORTS: QemuVersion = QemuVersion {
     minor: 0,
     micro: 0,
 };
+/// What the folder of the server's socket is called, with more behind it.
+const FOLDER_PREFIX: &str = "hybridmig-nbd-";
 /// Name of the listening socket while QEMU is given it.
 const LISTENER_FD: &str = "hybridmig-nbd";
 /// Longest a command may take that waits for the guest's I/O.
@@ -283,7 +285,7 @@ impl SourceDisks {
 
     /// Starts the NBD server on a socket that only we can reach, and exports every disk.
     fn start_server(&self) -> GuestResult<()> {
-        let folder = make_folder("hybridmig-nbd-")?;
+        let folder = make_folder(FOLDER_PREFIX)?;
         let server = Server {
             socket: folder.join("nbd"),
             pools: (0..self.disks.len())
@@ -294,7 +296,7 @@ impl SourceDisks {
                 .iter()
                 .map(|disk| self.watch_cache(disk))
                 .collect(),
-            folder,
+            folder: folder.clone(),
         };
         let cannot = |error: io::Error| {
             GuestError::caused(
@@ -331,7 +333,7 @@ impl SourceDisks {
         })?;
         *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(server));
         for disk in 0..self.disks.len() {
-            self.export(disk, &export_name(disk), None)
+            self.export(disk, &export_id(disk, &folder), &export_name(disk), None)
                 .map_err(|error| self.failed("cannot export", disk, error))?;
         }
         Ok(())
@@ -412,7 +414,8 @@ impl SourceDisks {
     fn read_bitmap(&self, server: &Server, disk: usize, bitmap: u64) -> GuestResult<BlockSet> {
         let name = bitmap_name(bitmap);
         let cannot = |error| self.failed("cannot tell what was written to", disk, error);
-        self.export(disk, &name, Some(&name)).map_err(cannot)?;
+        self.export(disk, &name, &name, Some(&name))
+            .map_err(cannot)?;
         let context = format!("{DIRTY_BITMAP}{name}");
         let dirty = self.status(server, disk, &name, &context, |flags| {
             flags & FLAG_DIRTY != 0
@@ -457,10 +460,16 @@ impl SourceDisks {
         Ok(blocks)
     }
 
-    fn export(&self, disk: usize, name: &str, bitmap: Option<&str>) -> Result<(), QmpError> {
+    fn export(
+        &self,
+        disk: usize,
+        id: &str,
+        name: &str,
+        bitmap: Option<&str>,
+    ) -> Result<(), QmpError> {
         let mut options = json!({
             "type": "nbd",
-            "id": name,
+            "id": id,
             "node-name": self.disks[disk].node,
             "name": name,
             "writable": false,
@@ -500,6 +509,9 @@ impl SourceDisks {
         if server_is_ours || exports.iter().any(|export| ours(&export.id)) {
             // Waits until its exports are gone.
             self.qmp.execute_within(&NbdServerStop {}, DRAIN_TIMEOUT)?;
+        }
+        for folder in exports.iter().filter_map(|export| folder_of(&export.id)) {
+            remove_folder(&folder);
         }
         for device in self.qmp.execute(&QueryBlockDevices {})? {
             let Some(medium) = device.inserted else {
@@ -606,6 +618,21 @@ fn bitmap_name(bitmap: u64) -> String {
 
 fn export_name(disk: usize) -> String {
     format!("{NODE_PREFIX}disk-{disk}")
+}
+
+/// The id of a disk's export, by which the folder of the server's socket is found again.
+fn export_id(disk: usize, folder: &Path) -> String {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    let tag = name.trim_start_matches(FOLDER_PREFIX);
+    format!("{}.{tag}", export_name(disk))
+}
+
+/// The folder of the server that a disk's export is of.
+fn folder_of(export_id: &str) -> Option<PathBuf> {
+    let (name, tag) = export_id.split_once('.')?;
+    let well_formed = !tag.is_empty() && tag.chars().all(|c| c.is_ascii_alphanumeric());
+    (name.starts_with(NODE_PREFIX) && well_formed)
+        .then(|| folder_base().join(format!("{FOLDER_PREFIX}{tag}")))
 }
 
 /// Adds every block that the extent touches.
