@@ -88,12 +88,12 @@ fn nothing_goes_back_while_blocks_arrive() {
             ];
             let reader = scope.spawn(move || read_all_the_time(disk, done));
             let network = scope.spawn(move || push_and_answer(disk, seed, &asked, done));
-            for writer in writers {
-                writer.join().unwrap();
-            }
+            let writers = writers.map(|writer| writer.join());
+            // In any case, or the others would never end.
             done.store(true, Ordering::SeqCst);
-            reader.join().unwrap();
-            network.join().unwrap();
+            for ended in writers.into_iter().chain([reader.join(), network.join()]) {
+                ended.unwrap();
+            }
         });
         assert!(disk.missing().is_empty());
         let mut granule = [0; GRANULE];
