@@ -45,7 +45,10 @@ fn main() {
             let mut data = vec![0; disk.block_size() as usize];
             for block in 0..disk.blocks() {
                 network::contents(seed, block, &mut data);
-                disk.write(block, &data).unwrap();
+                // Zeroes stay holes.
+                if data.iter().any(|byte| *byte != 0) {
+                    disk.write(block, &data).unwrap();
+                }
             }
         }
         _ => {}
