@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use hybridmig_engine::report::Report;
-use hybridmig_tests::disks::{image, ticks, wait_sweeps};
+use hybridmig_tests::disk::{image, ticks, wait_sweeps};
 use hybridmig_tests::migration::{Host, PATIENCE, Recv, TEST_LINK, relay};
 use hybridmig_tests::{Vm, VmConfig, console};
 use serde_json::json;
