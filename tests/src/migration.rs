@@ -70,9 +70,19 @@ impl Host {
         peer: &Self,
         arguments: impl IntoIterator<Item = S>,
     ) -> Result<Recv> {
+        self.recv_at(peer, SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), arguments)
+    }
+
+    /// Like [`Self::recv`] at a certain address.
+    pub fn recv_at<S: Into<OsString>>(
+        &self,
+        peer: &Self,
+        address: SocketAddr,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Result<Recv> {
         let mut command = self.command("recv", peer)?;
         command
-            .args(["--listen", "127.0.0.1:0"])
+            .args(["--listen", &address.to_string()])
             .arg("--json")
             .arg(self.path("recv.json"))
             .args(arguments.into_iter().map(Into::into));

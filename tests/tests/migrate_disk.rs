@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use hybridmig_engine::report::Report;
-use hybridmig_tests::disk::{image, ticks, wait_sweeps};
+use hybridmig_tests::disk::{image, operations, ticks, wait_sweeps};
 use hybridmig_tests::migration::{Host, PATIENCE, Recv, TEST_LINK, relay};
 use hybridmig_tests::{Vm, VmConfig, console};
 use serde_json::json;
@@ -24,6 +24,13 @@ const ROOT: u64 = 2048 * MIB;
 /// Length of a disk that nobody writes, and of what is in it.
 const DATA: u64 = 256 * MIB;
 const DATA_HELD: u64 = 24 * MIB;
+
+/// Which disks the guest writes and verifies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Checks {
+    Root,
+    Nothing,
+}
 
 /// The images of one side.
 struct Images {
@@ -64,7 +71,7 @@ impl Images {
         Ok(())
     }
 
-    fn guest(&self, name: &str) -> VmConfig {
+    fn guest(&self, name: &str, checks: Checks) -> VmConfig {
         let drive = |id: &str, path: &Path| {
             [
                 "-drive".to_owned(),
@@ -81,7 +88,10 @@ impl Images {
             memory_mib: 160,
             checked_mib: 16,
             dirty_rate: 4.0,
-            kernel_arguments: "diskcheck.dev=vda diskcheck.mb=24 diskcheck.rate=3".to_owned(),
+            kernel_arguments: match checks {
+                Checks::Root => "diskcheck.dev=vda diskcheck.mb=8 diskcheck.rate=2".to_owned(),
+                Checks::Nothing => String::new(),
+            },
             qemu_arguments: [drive("root", &self.root()), drive("data", &self.data())].concat(),
             ..VmConfig::default()
         }
@@ -97,13 +107,16 @@ struct Scene {
 }
 
 impl Scene {
-    fn new() -> Result<Self> {
+    fn new(checks: Checks) -> Result<Self> {
         let hosts = (Host::new()?, Host::new()?);
         let images = (Images::new()?, Images::new()?);
         images.0.fill_data()?;
-        let source = Vm::boot(&images.0.guest("source"))?;
-        wait_sweeps(source.console(), &["vda"])?;
-        let destination = Vm::start(&images.1.guest("destination").incoming("destination"))?;
+        let source = Vm::boot(&images.0.guest("source", checks))?;
+        if checks == Checks::Root {
+            wait_sweeps(source.console(), &["vda"])?;
+        }
+        let destination = images.1.guest("destination", checks);
+        let destination = Vm::start(&destination.incoming("destination"))?;
         Ok(Self {
             hosts,
             images,
@@ -121,7 +134,10 @@ impl Scene {
 
     /// Moves the guest and returns the source's report.
     fn migrate(&self, arguments: &[&str]) -> Result<Report> {
-        let mut recv = self.recv(&[])?;
+        self.migrate_to(self.recv(&[])?, arguments)
+    }
+
+    fn migrate_to(&self, mut recv: Recv, arguments: &[&str]) -> Result<Report> {
         let relay = relay(recv.address, TEST_LINK, 7)?;
         let qmp = self.source.qmp_socket().display().to_string();
         let mut words = vec!["--qmp", &qmp];
@@ -191,7 +207,7 @@ fn same_contents(one: &Path, other: &Path) -> Result<()> {
 }
 
 fn one_way(arguments: &[&str]) -> Result<Report> {
-    let mut scene = Scene::new()?;
+    let mut scene = Scene::new(Checks::Root)?;
     let report = scene.migrate(arguments)?;
     scene.alive_and_right()?;
     Ok(report)
@@ -237,5 +253,98 @@ fn disks_move_as_the_operator_says() -> Result<()> {
         kinds.storage.pre_copy_bytes >= DATA_HELD && kinds.storage.behind_blocks > 0,
         "{kinds:?}"
     );
+    Ok(())
+}
+
+/// The receiver is killed while storage is missing: the guest's I/O waits, and goes on when another
+/// receiver has taken over, with nothing lost that it had been answered.
+#[test]
+fn a_killed_receiver_is_followed_by_another() -> Result<()> {
+    let mut scene = Scene::new(Checks::Root)?;
+    let mut recv = scene.recv(&[])?;
+    let address = recv.address;
+    // Slow enough for storage to be missing when the receiver dies.
+    let relay = relay(address, "delay 25ms rate 40mbit loss 0.5% limit 50ms", 7)?;
+    let qmp = scene.source.qmp_socket().display().to_string();
+    let words = ["--qmp", &qmp, "--mode", "postcopy"];
+    let (a, b) = &scene.hosts;
+    let mut send = a.send(b, relay.local_addr(), words)?;
+    recv.process.wait_for_stderr("post-copy: ", PATIENCE)?;
+    // It serves for a while first: what was answered then must hold.
+    wait_ops(&scene.destination, 50)?;
+    recv.process.kill()?;
+    let (_, said) = b.resolve(&[])?;
+    let folder = said
+        .split("--take-over ")
+        .nth(1)
+        .and_then(|rest| rest.split_whitespace().next())
+        .with_context(|| format!("resolve names no folder: {said}"))?;
+    let mut second = b.recv_at(a, address, ["--take-over", folder])?;
+    send.ends_with(0, MOVE)
+        .with_context(|| second.process.stderr().tail(30))?;
+    second.process.succeed(PATIENCE)?;
+    ensure!(!Path::new(folder).exists(), "{folder} is left");
+    let report = send.report()?;
+    let kinds = report.kinds.context("memory and storage apart")?;
+    ensure!(kinds.storage.post_copy_bytes > 0, "{kinds:?}");
+    relay.stop();
+    scene.alive_and_right()
+}
+
+/// Waits until the guest here has done so many more operations on its disk.
+fn wait_ops(vm: &Vm, more: u64) -> Result<()> {
+    let wanted = operations(vm.console()) + more;
+    let console = vm.console();
+    while operations(console) < wanted {
+        console.wait_after(console.transcript().end(), "DISK ", PATIENCE)?;
+    }
+    Ok(())
+}
+
+/// The guest goes back to where it came from, where its old images lie: of its storage only what has
+/// changed meanwhile travels.
+#[test]
+fn the_way_back_costs_the_changes_only() -> Result<()> {
+    let mut scene = Scene::new(Checks::Nothing)?;
+    let there = scene.migrate(&[])?;
+    let there = there.kinds.context("memory and storage apart")?;
+    ensure!(there.storage.bytes() >= DATA_HELD, "{there:?}");
+    // One in a hundred of the blocks that have content.
+    for index in 0..DATA_HELD / 65_536 / 100 + 1 {
+        let at = index * 4 * (DATA / (DATA_HELD / MIB)) + 128 * 1024;
+        let write = format!("qemu-io data \"write -P {} {at} 64k\"", index + 1);
+        scene
+            .destination
+            .control()
+            .execute("human-monitor-command", json!({ "command-line": write }))?;
+        let mut byte = [0];
+        File::open(scene.images.1.data())?.read_exact_at(&mut byte, at)?;
+        ensure!(u64::from(byte[0]) == index + 1, "QEMU has not written");
+    }
+    let home = Images::new()?;
+    let old = [scene.images.0.root(), scene.images.0.data()];
+    let back = home.guest("home", Checks::Nothing).incoming("home");
+    let mut scene = Scene {
+        source: scene.destination,
+        destination: Vm::start(&back)?,
+        hosts: (scene.hosts.1, scene.hosts.0),
+        images: (scene.images.1, home),
+    };
+    let [root, data] = old.map(|path| path.display().to_string());
+    let recv = scene.recv(&["--seed", &root, "--seed", &data])?;
+    let report = scene.migrate_to(recv, &[])?;
+    let kinds = report.kinds.context("memory and storage apart")?;
+    println!(
+        "storage there {:?}, back {:?}",
+        there.storage, kinds.storage
+    );
+    ensure!(
+        kinds.storage.bytes() * 20 < there.storage.bytes(),
+        "{kinds:?}"
+    );
+    scene.runs_on_local_images()?;
+    same_contents(&scene.images.0.data(), &scene.images.1.data())?;
+    let verified = scene.destination.verify()?;
+    ensure!(verified.bad == 0, "{} pages are wrong", verified.bad);
     Ok(())
 }
