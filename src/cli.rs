@@ -254,7 +254,7 @@ pub struct DestinationGuestArgs {
     pub workload: Option<PathBuf>,
     /// Go on for a `recv` that was killed while blocks were missing: the folder that it left in its
     /// state directory (`hybridmig resolve` names it). Listen where it did: the source dials again.
-    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    #[arg(long, value_name = "DIR", conflicts_with = "seed", value_hint = ValueHint::DirPath)]
     pub take_over: Option<PathBuf>,
 }
 

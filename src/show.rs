@@ -177,6 +177,23 @@ pub fn figures(report: &Report) -> String {
         table.row("demand faults", text);
         table.row("threads waited", seconds(faults.blocked));
     }
+    for io in &report.disk_io {
+        let name = report.regions.get(usize::from(io.region));
+        table.row(
+            &format!("disk {}", name.map_or("", |region| &region.name)),
+            format!(
+                "{} reads (p50 {:.1} ms, p99 {:.1} ms), {} writes (p50 {:.1} ms, p99 {:.1} ms) while it \
+                 arrived; {} waited for the source",
+                io.reads,
+                io.read_p50_ms,
+                io.read_p99_ms,
+                io.writes,
+                io.write_p50_ms,
+                io.write_p99_ms,
+                io.waited
+            ),
+        );
+    }
     if let Some(levels) = &report.compression {
         table.row("compression", compression(levels));
     }

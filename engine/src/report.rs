@@ -61,6 +61,9 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// Demand paging, as the destination saw it.
     pub faults: Option<Faults>,
+    /// What the guest has done with its disks while they were served here (destination only).
+    #[serde(default)]
+    pub disk_io: Vec<DiskIo>,
     /// Lost work, PRA, T95.
     pub agility: Option<Agility>,
     /// Guest speed, v/v0, by seconds since the freeze (negative: before).
@@ -99,6 +102,7 @@ impl Report {
             compression: None,
             rounds: Vec::new(),
             faults: None,
+            disk_io: Vec::new(),
             agility: None,
             speed: Vec::new(),
             speed_source: None,
@@ -314,6 +318,31 @@ impl Faults {
                 .collect(),
         }
     }
+}
+
+/// What a guest has done with one of its disks while blocks of it were still arriving.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DiskIo {
+    /// The disk's region.
+    pub region: u16,
+    /// Reads answered, and their latencies: median and 99th percentile, in ms.
+    pub reads: u64,
+    /// See `reads`.
+    pub read_p50_ms: f64,
+    /// See `reads`.
+    pub read_p99_ms: f64,
+    /// Writes answered, and the same of them.
+    pub writes: u64,
+    /// See `writes`.
+    pub write_p50_ms: f64,
+    /// See `writes`.
+    pub write_p99_ms: f64,
+    /// Requests that had to wait for a block from the source, and for how long in all, in seconds.
+    pub waited: u64,
+    /// See `waited`.
+    pub waited_seconds: f64,
+    /// Requests answered with an error.
+    pub errors: u64,
 }
 
 /// The link, as the transport of this side measured it.

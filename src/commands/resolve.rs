@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, bail};
 use hybridmig_engine::driver::kept::KeptSession;
 use hybridmig_engine::guest::SourceGuest;
+use hybridmig_engine::guest::qemu::disk::DiskChoice;
 use hybridmig_engine::guest::qemu::{QemuSource, QemuSourceOptions};
 use hybridmig_engine::guest::workload::WorkloadSource;
 use hybridmig_engine::journal::{self, Journal, Owner, Record, Recorded, Side};
@@ -172,7 +173,14 @@ fn run_here(args: &ResolveArgs, directory: &Path, session: SessionId) -> anyhow:
         }
     }
     let guest: Box<dyn SourceGuest> = match (&args.guest.qmp, &args.guest.workload) {
-        (Some(socket), _) => Box::new(QemuSource::open(socket, &QemuSourceOptions::default())?),
+        (Some(socket), _) => {
+            // Nothing is to move any more, and nothing about disks may stand in the way.
+            let options = QemuSourceOptions {
+                disks: DiskChoice::none(),
+                ..QemuSourceOptions::default()
+            };
+            Box::new(QemuSource::open(socket, &options)?)
+        }
         (_, Some(control)) => Box::new(WorkloadSource::attach(control)?),
         (None, None) => unreachable!("clap wants one of the two with --run-here"),
     };

@@ -652,8 +652,12 @@ fn worker(
                         }
                         _ => Ok(()),
                     };
-                    kept.map_err(|error| chain(&error))
-                        .and_then(|()| plane.arm(&behind, postcopy_pass))
+                    // The journal decides whether the guest is taken. Without this it is taken all
+                    // the same, and cannot be taken over.
+                    if let Err(error) = kept {
+                        tracing::error!("nobody could follow this process: {}", chain(&error));
+                    }
+                    plane.arm(&behind, postcopy_pass)
                 }
                 DestinationCommand::LoadState { len, hash } => plane.load_state(len, hash),
                 DestinationCommand::Journal(record) => {

@@ -150,6 +150,7 @@ pub fn build(facts: Facts<'_>) -> Report {
     if resumed.is_some() {
         let summary = summary(facts.plane, facts.guest, facts.sampler);
         report.faults = Some(Faults::from_summary(&summary, min_rtt));
+        report.disk_io = facts.guest.disk_io();
     }
     report
 }

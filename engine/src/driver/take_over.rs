@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use hybridmig_transport::endpoint::Endpoint;
-use hybridmig_transport::message::SessionId;
+use hybridmig_transport::message::{Features, SessionId};
 use tokio::sync::{mpsc, watch};
 
 use super::DriverError;
@@ -114,8 +114,12 @@ pub async fn take_over(
     let plane = ApplyPlane::start(guest.clone(), inputs.clone(), None)?;
     let regions = kept.offer.regions.clone();
     plane.take_over(regions, map, desk, kept.postcopy_pass);
-    let machine =
-        DestinationMachine::take_over(job.config.clone(), session, kept.offer.clone(), missing);
+    // This process has no seeds: the source is to name nothing that was in those of the other.
+    let config = DestinationConfig {
+        features: job.config.features & !Features::SEEDS,
+        ..job.config.clone()
+    };
+    let machine = DestinationMachine::take_over(config, session, kept.offer.clone(), missing);
     let (arrivals, mut arrived) = mpsc::channel(16);
     let accepting = tokio::spawn(accept(job.endpoint.clone(), arrivals, progress.clone()));
     let _stop_accepting = AbortOnDrop(accepting.abort_handle());
@@ -126,7 +130,6 @@ pub async fn take_over(
         state_dir: job.state_dir,
         keep_in: Some(job.keep_in),
         verify: job.verify,
-        // What they would name has been sent or named; a new process tells of none.
         seeds: None,
     });
     let session = Session {

@@ -16,6 +16,7 @@ use std::time::Duration;
 use hybridmig_transport::message::{GuestDescription, Offer, Refusal, RegionInfo};
 
 use crate::blocks::{Blocks, RegionId};
+use crate::report::DiskIo;
 
 /// What went wrong with a guest: what failed, on what, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -208,6 +209,11 @@ pub trait DestinationGuest: Send + Sync {
     /// How long the guest's threads have waited so far.
     fn blocked_time(&self) -> BlockedTime {
         BlockedTime::default()
+    }
+
+    /// What the guest has done with its disks since they are served here.
+    fn disk_io(&self) -> Vec<DiskIo> {
+        Vec::new()
     }
 
     /// Asks the guest to verify all of its contents, where it can: number of blocks verified, or

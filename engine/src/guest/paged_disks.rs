@@ -1,9 +1,11 @@
 //! The disks of a guest that comes, whatever kind of guest it is: for each an image that fills, and a
 //! server on which the guest runs while blocks of it are missing. Regions with the ids from `first` on.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use hdrhistogram::Histogram;
 use hybridmig_pager::disk::{DiskError, DiskImage, DiskOptions, DiskStats, NbdOptions, NbdServer};
 use hybridmig_transport::message::RegionInfo;
 use serde::{Deserialize, Serialize};
@@ -11,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::paging::PagerSink;
 use super::{FaultSink, GuestError, GuestResult};
 use crate::blocks::{BlockSet, Blocks, RegionId};
+use crate::report::DiskIo;
 
 /// What another process needs to go on with a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -155,9 +158,27 @@ impl PagedDisks {
         })
     }
 
+    /// The guest will not run here: the images are as empty as before. What cannot be emptied is only
+    /// told: the next guest that comes is refused for it, by name.
+    pub fn empty(&self) {
+        for disk in &self.disks {
+            let (path, bytes) = (disk.image.path(), disk.image.bytes());
+            let emptied = File::options()
+                .write(true)
+                .open(path)
+                .and_then(|file| file.set_len(0).and_then(|()| file.set_len(bytes)));
+            if let Err(error) = emptied {
+                tracing::warn!(path = %path.display(), %error, "an image keeps what had come of a guest");
+            }
+        }
+    }
+
     /// By disk, what the guest has done.
-    pub fn stats(&self) -> Vec<DiskStats> {
-        self.disks.iter().map(|disk| disk.image.stats()).collect()
+    pub fn io(&self) -> Vec<DiskIo> {
+        let disks = self.disks.iter();
+        disks
+            .map(|disk| disk_io(disk.image.region(), &disk.image.stats()))
+            .collect()
     }
 
     fn image(&self, region: RegionId) -> Option<&DiskImage> {
@@ -191,6 +212,22 @@ impl Disk {
             image,
             record,
         })
+    }
+}
+
+fn disk_io(region: u16, stats: &DiskStats) -> DiskIo {
+    let ms = |us: &Histogram<u64>, quantile| us.value_at_quantile(quantile) as f64 / 1e3;
+    DiskIo {
+        region,
+        reads: stats.reads,
+        read_p50_ms: ms(&stats.read_us, 0.5),
+        read_p99_ms: ms(&stats.read_us, 0.99),
+        writes: stats.writes,
+        write_p50_ms: ms(&stats.write_us, 0.5),
+        write_p99_ms: ms(&stats.write_us, 0.99),
+        waited: stats.waited,
+        waited_seconds: stats.waited_time.as_secs_f64(),
+        errors: stats.errors,
     }
 }
 

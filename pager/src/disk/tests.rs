@@ -174,7 +174,7 @@ fn before_the_first_flush_the_process_may_end_but_not_the_host() {
     let boot = super::header::boot_id().unwrap();
     let mut another = boot;
     another[0] = another[0].wrapping_add(1);
-    let mut adopt = |boot, disk: &mut Arc<DiskImage>| {
+    let adopt = |boot, disk: &mut Arc<DiskImage>| {
         // The locks go with the process that held them.
         let other = tempfile::tempdir_in(spare.path()).unwrap();
         *disk = DiskImage::create(&self::options(other.path(), 65536, 65536)).unwrap();

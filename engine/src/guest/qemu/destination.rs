@@ -28,6 +28,7 @@ use super::state;
 use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::guest::paged_disks::PagedDisks;
 use crate::guest::{BlockedTime, DestinationGuest, FaultSink, GuestError, GuestResult};
+use crate::report::DiskIo;
 
 /// How long `cont` may take: QEMU's main loop may wait for a page that crosses the network.
 const CONT_TIMEOUT: Duration = Duration::from_secs(180);
@@ -422,6 +423,11 @@ impl DestinationGuest for QemuDestination {
             .placer
             .place_zero(region.0, first, count)
             .map_err(|error| GuestError::caused("cannot place guest memory", error))
+    }
+
+    fn disk_io(&self) -> Vec<DiskIo> {
+        let disks = self.lock().disks.clone();
+        disks.map_or_else(Vec::new, |disks| disks.paged.io())
     }
 
     fn written_files(&self) -> Vec<PathBuf> {

@@ -186,8 +186,9 @@ impl DisksHere {
         self.discard();
     }
 
-    /// QEMU has ended, or is about to.
+    /// The guest will not run here, and QEMU has ended or uses its own images again.
     pub fn discard(&self) {
+        self.paged.empty();
         remove_folder(&self.sockets);
     }
 
