@@ -11,8 +11,9 @@ pub(super) fn is_zero(data: &[u8]) -> bool {
         && chunks.remainder().iter().all(|byte| *byte == 0)
 }
 
-/// Bytes of a block that [`looks_incompressible`] samples at most.
-const SAMPLE: usize = 1024;
+/// Pieces of a block that [`looks_incompressible`] samples, and bytes of each at most.
+const PIECES: usize = 16;
+const PIECE: usize = 64;
 
 /// Whether a histogram of sampled bytes looks like noise: then zstd would only cost time.
 ///
@@ -21,18 +22,22 @@ const SAMPLE: usize = 1024;
 /// "yes" costs compression, a wrong "no" costs time; neither costs correctness.
 pub(super) fn looks_incompressible(data: &[u8]) -> bool {
     let mut counts = [0_u32; 256];
-    // Four pieces spread over the block rather than a stride: a stride can meet only the low or
-    // only the high bytes of an array of numbers.
-    let piece = (SAMPLE / 4).min(data.len() / 4);
+    // Pieces spread over the block rather than a stride: a stride can meet only the low or only the
+    // high bytes of an array of numbers. Nor do they lie at equal distances: of a disk's block, whose
+    // files and records begin at multiples of 512 bytes or 4 KiB, that would meet beginnings only.
+    let share = data.len() / PIECES;
+    let piece = PIECE.min(share);
     if piece == 0 {
         return false;
     }
-    for quarter in data.chunks_exact(data.len() / 4).take(4) {
-        for byte in &quarter[..piece] {
+    for (index, part) in data.chunks_exact(share).take(PIECES).enumerate() {
+        // Multiples of 5 go through all sixteenths, neighbours far apart.
+        let at = (share - piece) * (index * 5 % PIECES) / (PIECES - 1);
+        for byte in &part[at..at + piece] {
             counts[usize::from(*byte)] += 1;
         }
     }
-    let n = (4 * piece) as u64;
+    let n = (PIECES * piece) as u64;
     let squares: u64 = counts.iter().map(|c| u64::from(*c) * u64::from(*c)).sum();
     squares * 2 < (n + n * n / 256) * 3
 }
@@ -57,6 +62,19 @@ mod tests {
             block[at] = 1;
             assert!(!is_zero(&block), "byte {at}");
             block[at] = 0;
+        }
+    }
+
+    #[test]
+    fn a_large_block_of_which_every_page_is_half_noise_is_not_noise() {
+        for size in [4096, 65_536] {
+            let mut block = vec![7; size];
+            for page in block.chunks_exact_mut(4096) {
+                SmallRng::seed_from_u64(1).fill_bytes(&mut page[..2048]);
+            }
+            assert!(!looks_incompressible(&block), "{size}");
+            SmallRng::seed_from_u64(2).fill_bytes(&mut block);
+            assert!(looks_incompressible(&block), "{size}");
         }
     }
 
