@@ -10,21 +10,36 @@
 //! Kernel command line, with defaults:
 //! - `diskcheck.dev=`: disks under `/dev`, separated by commas; without it there is nothing to do.
 //! - `diskcheck.mb=8`: MiB of checked blocks on each, spread over all of it; the rest is never written.
+//! - `diskcheck.run=1`: blocks in a row.
+//! - `diskcheck.random=50`: per cent of each block that does not compress.
 //! - `diskcheck.rate=2`: blocks rewritten, in MB/s (10⁶ bytes); as many again are verified in turn.
+//! - `diskcheck.workers=0`: if not 0, so many threads for each disk, all of them with O_DIRECT; the blocks are there
+//!   already, in their first generation.
+//! - `diskcheck.reads=2`: what these read at random and verify, in MB/s, beside the writes.
 //!
 //! Console, one line each:
 //! - `DISK <dev> <monotonic ms> <block operations> <sweeps> <bad blocks> <errors>` four times a second;
-//!   a sweep is complete when every block has been read back from the disk once more.
+//!   a sweep is complete when every block has been read back from the disk once more. With workers ten
+//!   times a second, and without sweeps.
+//! - `DISKIO <dev> <monotonic ms> r <class>:<count> … w <class>:<count> …` with workers: reads and writes since the
+//!   line before, by latency (`latency.rs`).
 //! - `BADBLOCK …` and `DISKERROR …` what is wrong (the first 16 each).
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use layout::{Layout, base};
 use pattern::{Contents, PAGE, Page, WORDS, mix};
 
+mod latency;
+mod layout;
+mod load;
 mod pattern;
 
 const O_DIRECT: i32 = 0o40_000;
@@ -43,16 +58,21 @@ unsafe extern "C" {
 
 fn main() {
     let line = std::fs::read_to_string("/proc/cmdline").expect("/proc is mounted");
-    let mib: u64 = value(&line, "mb").map_or(8, |text| text.parse().expect("diskcheck.mb"));
-    let rate: f64 = value(&line, "rate").map_or(2.0, |text| text.parse().expect("diskcheck.rate"));
+    let options = Options::read(&line);
     let start = Instant::now();
-    let threads: Vec<_> = value(&line, "dev")
+    let threads: Vec<_> = find(&line, "dev")
         .unwrap_or_default()
         .split(',')
         .filter(|name| !name.is_empty())
         .map(|name| {
-            let name = name.to_owned();
-            std::thread::spawn(move || Checker::open(&name, mib).run(start, rate))
+            let (name, options) = (name.to_owned(), options.clone());
+            std::thread::spawn(move || {
+                if options.workers > 0 {
+                    load::run(&name, &options, start);
+                } else {
+                    Checker::open(&name, &options).run(start, options.rate);
+                }
+            })
         })
         .collect();
     for thread in threads {
@@ -61,10 +81,41 @@ fn main() {
     }
 }
 
-fn value<'a>(line: &'a str, name: &str) -> Option<&'a str> {
+/// The kernel command line's `diskcheck.*`.
+#[derive(Clone)]
+struct Options {
+    mib: u64,
+    run: u64,
+    random: usize,
+    rate: f64,
+    workers: usize,
+    reads: f64,
+}
+
+impl Options {
+    fn read(line: &str) -> Self {
+        Self {
+            mib: value(line, "mb", 8),
+            run: value(line, "run", 1),
+            random: WORDS * value(line, "random", 50) / 100,
+            rate: value(line, "rate", 2.0),
+            workers: value(line, "workers", 0),
+            reads: value(line, "reads", 2.0),
+        }
+    }
+}
+
+fn find<'a>(line: &'a str, name: &str) -> Option<&'a str> {
     let prefix = format!("diskcheck.{name}=");
     line.split_whitespace()
         .find_map(|word| word.strip_prefix(&prefix))
+}
+
+fn value<T: FromStr>(line: &str, name: &str, default: T) -> T {
+    find(line, name).map_or(default, |text| {
+        let value = text.parse().ok();
+        value.unwrap_or_else(|| panic!("diskcheck.{name}={text} cannot be read"))
+    })
 }
 
 fn say(line: &str) {
@@ -74,25 +125,53 @@ fn say(line: &str) {
         .write_all(format!("{line}\n").as_bytes());
 }
 
+/// What was done to a disk, by all of its threads.
+#[derive(Default)]
+struct Counters {
+    operations: AtomicU64,
+    sweeps: AtomicU64,
+    bad: AtomicU64,
+    errors: AtomicU64,
+}
+
+impl Counters {
+    fn say(&self, name: &str, since_start: Duration) {
+        let Self {
+            operations,
+            sweeps,
+            bad,
+            errors,
+        } = self;
+        let [operations, sweeps, bad, errors] =
+            [operations, sweeps, bad, errors].map(|counter| counter.load(Relaxed));
+        say(&format!(
+            "DISK {name} {} {operations} {sweeps} {bad} {errors}",
+            since_start.as_millis()
+        ));
+    }
+}
+
+/// A disk, or a part of its blocks: each belongs to one thread.
 struct Checker {
     name: String,
-    direct: File,
-    buffered: File,
+    direct: Arc<File>,
+    buffered: Arc<File>,
+    layout: Layout,
     /// The generation that each block must have.
     generations: Vec<u32>,
-    /// Bytes from one block to the next.
-    stride: u64,
-    /// Tells this disk's blocks from another's.
-    base: u64,
-    operations: u64,
-    sweeps: u64,
-    bad: u64,
-    errors: u64,
+    /// The number of the first of these blocks, and from one to the next.
+    first: usize,
+    step: usize,
+    /// Words of a block that do not compress.
+    random: usize,
+    /// Whether all goes past the page cache, or every other block.
+    all_direct: bool,
+    counters: Arc<Counters>,
     unsynced: u64,
 }
 
 impl Checker {
-    fn open(name: &str, mib: u64) -> Self {
+    fn open(name: &str, options: &Options) -> Self {
         let path = format!("/dev/{name}");
         let open = |flags| {
             OpenOptions::new()
@@ -104,46 +183,72 @@ impl Checker {
         };
         let mut buffered = open(0);
         let size = buffered.seek(SeekFrom::End(0)).expect("a disk has a size");
-        let count = (mib << 20) / PAGE as u64;
-        let stride = size / count / PAGE as u64 * PAGE as u64;
-        assert!(stride > 0, "{path} has only {size} bytes");
-        let base = name.bytes().fold(0, |sum, byte| sum << 4 ^ u64::from(byte)) & 0xffff;
+        let layout = Layout::new(size, options.mib << 20, options.run)
+            .unwrap_or_else(|| panic!("{path} has only {size} bytes"));
+        assert!(layout.blocks <= 1 << 16, "{path}: more blocks than numbers");
         Self {
             name: name.to_owned(),
-            direct: open(O_DIRECT),
-            buffered,
-            generations: vec![0; count as usize],
-            stride,
-            base: base << 16,
-            operations: 0,
-            sweeps: 0,
-            bad: 0,
-            errors: 0,
+            direct: Arc::new(open(O_DIRECT)),
+            buffered: Arc::new(buffered),
+            generations: vec![0; layout.blocks as usize],
+            layout,
+            first: 0,
+            step: 1,
+            random: options.random,
+            all_direct: false,
+            counters: Arc::default(),
             unsynced: 0,
         }
     }
 
+    /// Every `of`th block, from number `index` on, as they were filled beforehand.
+    fn share(&self, index: usize, of: usize) -> Self {
+        let blocks = self.generations.len().saturating_sub(index).div_ceil(of);
+        Self {
+            name: self.name.clone(),
+            direct: Arc::clone(&self.direct),
+            buffered: Arc::clone(&self.buffered),
+            layout: self.layout,
+            generations: vec![1; blocks],
+            first: index,
+            step: of,
+            random: self.random,
+            all_direct: true,
+            counters: Arc::clone(&self.counters),
+            unsynced: 0,
+        }
+    }
+
+    fn blocks(&self) -> usize {
+        self.generations.len()
+    }
+
+    /// Where its random numbers begin.
+    fn draws(&self) -> u64 {
+        (base(&self.name) >> 16) + ((self.first as u64) << 32)
+    }
+
     fn run(&mut self, start: Instant, rate: f64) {
-        for block in 0..self.generations.len() {
+        for block in 0..self.blocks() {
             self.write(block);
         }
         self.sync();
         let per_tick = (rate * 1e6 / PAGE as f64 * TICK.as_secs_f64()).max(1.0) as u64;
-        let mut draws = self.base;
+        let mut draws = self.draws();
         let mut cursor = 0;
         loop {
             let began = Instant::now();
-            self.say(began - start);
+            self.counters.say(&self.name, began - start);
             for step in 0..per_tick {
                 draws += 1;
-                let block = mix(draws) as usize % self.generations.len();
+                let block = mix(draws) as usize % self.blocks();
                 self.verify(block);
                 self.write(block);
                 self.verify(cursor);
                 cursor += 1;
-                if cursor == self.generations.len() {
+                if cursor == self.blocks() {
                     cursor = 0;
-                    self.sweeps += 1;
+                    self.counters.sweeps.fetch_add(1, Relaxed);
                 }
                 // Spread over the tick rather than in one burst.
                 let due = TICK.mul_f64(step as f64 / per_tick as f64);
@@ -153,29 +258,26 @@ impl Checker {
         }
     }
 
-    fn say(&self, since_start: Duration) {
-        say(&format!(
-            "DISK {} {} {} {} {} {}",
-            self.name,
-            since_start.as_millis(),
-            self.operations,
-            self.sweeps,
-            self.bad,
-            self.errors
-        ));
+    /// The number that a block has on the disk.
+    fn number(&self, block: usize) -> u64 {
+        (self.first + block * self.step) as u64
+    }
+
+    fn offset(&self, block: usize) -> u64 {
+        self.layout.offset(self.number(block))
     }
 
     fn contents(&self, block: usize) -> Contents {
         Contents {
-            page: self.base | block as u64,
+            page: base(&self.name) | self.number(block),
             generation: u64::from(self.generations[block]),
-            random: WORDS / 2,
+            random: self.random,
         }
     }
 
-    /// Every other block goes past the page cache.
+    /// Every other block goes past the page cache, or all do.
     fn file(&self, block: usize) -> &File {
-        if block.is_multiple_of(2) {
+        if self.all_direct || block.is_multiple_of(2) {
             &self.direct
         } else {
             &self.buffered
@@ -183,17 +285,27 @@ impl Checker {
     }
 
     fn write(&mut self, block: usize) {
-        self.operations += 1;
-        self.generations[block] += 1;
-        let mut page = Page([0; WORDS]);
-        self.contents(block).write(&mut page);
-        let at = block as u64 * self.stride;
-        if let Err(error) = self.file(block).write_all_at(bytes(&page), at) {
-            self.failed("write", block, &error);
-        }
+        let page = self.renewed(block);
+        self.put(block, &page);
         self.unsynced += 1;
         if self.unsynced >= SYNC_EVERY {
             self.sync();
+        }
+    }
+
+    /// The block's next generation.
+    fn renewed(&mut self, block: usize) -> Page {
+        self.generations[block] += 1;
+        let mut page = Page([0; WORDS]);
+        self.contents(block).write(&mut page);
+        page
+    }
+
+    fn put(&mut self, block: usize, page: &Page) {
+        self.counters.operations.fetch_add(1, Relaxed);
+        let at = self.offset(block);
+        if let Err(error) = self.file(block).write_all_at(bytes(page), at) {
+            self.failed("write", block, &error);
         }
     }
 
@@ -209,21 +321,34 @@ impl Checker {
     }
 
     fn verify(&mut self, block: usize) {
-        self.operations += 1;
-        let mut page = Page([0; WORDS]);
-        let at = block as u64 * self.stride;
-        if let Err(error) = self.file(block).read_exact_at(bytes_mut(&mut page), at) {
-            return self.failed("read", block, &error);
+        if let Some(page) = self.read(block) {
+            self.judge(block, &page);
         }
-        let Some(word) = self.contents(block).first_difference(&page) else {
+    }
+
+    /// Nothing if it cannot be read, which is counted.
+    fn read(&mut self, block: usize) -> Option<Page> {
+        self.counters.operations.fetch_add(1, Relaxed);
+        let mut page = Page([0; WORDS]);
+        let at = self.offset(block);
+        if let Err(error) = self.file(block).read_exact_at(bytes_mut(&mut page), at) {
+            self.failed("read", block, &error);
+            return None;
+        }
+        Some(page)
+    }
+
+    /// Whether that is what the block must hold.
+    fn judge(&mut self, block: usize, page: &Page) {
+        let Some(word) = self.contents(block).first_difference(page) else {
             return;
         };
-        self.bad += 1;
-        if self.bad <= DETAILS {
+        if self.counters.bad.fetch_add(1, Relaxed) < DETAILS {
             say(&format!(
-                "BADBLOCK {} {block}: generation {} expected; it says block {} generation {}; first \
+                "BADBLOCK {} {}: generation {} expected; it says block {} generation {}; first \
                  wrong word {word}",
                 self.name,
+                self.number(block),
                 self.generations[block],
                 page.0[0] & 0xffff,
                 page.0[1],
@@ -233,10 +358,10 @@ impl Checker {
         self.write(block);
     }
 
-    fn failed(&mut self, what: &str, block: usize, error: &std::io::Error) {
-        self.errors += 1;
-        if self.errors <= DETAILS {
-            say(&format!("DISKERROR {} {what} {block}: {error}", self.name));
+    fn failed(&self, what: &str, block: usize, error: &std::io::Error) {
+        if self.counters.errors.fetch_add(1, Relaxed) < DETAILS {
+            let number = self.number(block);
+            say(&format!("DISKERROR {} {what} {number}: {error}", self.name));
         }
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod console;
 pub mod disk;
+pub mod guest;
 pub mod image;
 pub mod keeper;
 pub mod migration;
