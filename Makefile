@@ -59,6 +59,12 @@ bench-full: setup bench-build ## the same over a grid of 252 cells, three times:
 	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/full.jsonl \
 		--made-by 'make bench-full' --out docs/bench/migrations-full
 
+.PHONY: bench-storage
+bench-storage: setup bench-build ## move a guest with a disk of 2 GiB, beside a mirror over NBD, as root: 35 minutes
+	$(TARGET_DIR)/release/bench run storage --fresh
+	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/storage.jsonl \
+		--made-by 'make bench-storage' --out docs/bench/storage
+
 .PHONY: bench-transport
 bench-transport: setup bench-build ## measure what transports make of long links, as root: an hour
 	rm -f $(TARGET_DIR)/bench/transport.jsonl

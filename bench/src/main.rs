@@ -109,10 +109,8 @@ fn main() -> Result<()> {
         } => {
             let mut scenario = Scenario::find(&scenario)?;
             if !engine.is_empty() {
-                for name in &engine {
-                    engine::by_name(name)?;
-                }
                 scenario.engines = engine;
+                scenario.check_engines()?;
             }
             scenario.repetitions = repetitions.unwrap_or(scenario.repetitions);
             scenario.times.give_up_s = give_up.unwrap_or(scenario.times.give_up_s);

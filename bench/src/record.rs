@@ -13,6 +13,7 @@ use crate::link::{LinkFacts, Tcp, Traffic};
 use crate::machine::Machine;
 use crate::measure::Measured;
 use crate::scenario::{Guest, Times};
+use crate::storage::Storage;
 
 /// Version of the format.
 pub const SCHEMA: u32 = 1;
@@ -59,6 +60,9 @@ pub struct Record {
     pub measured: Option<Measured>,
     /// Contents of memory, as the guest's own checker sees them.
     pub checked: Option<Checked>,
+    /// What becomes of the guest's disk, where it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<Storage>,
     /// What the emulator counted from the start of the migration to its end.
     pub traffic: Option<Traffic>,
     /// TCP's settings on both hosts.

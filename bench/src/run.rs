@@ -13,9 +13,10 @@ use crate::engine::{Engine, Migration, Progress, Stage};
 use crate::interrupt::Interrupt;
 use crate::link::{Link, LinkFacts, Side, Traffic};
 use crate::machine::{self, Machine};
-use crate::measure::{Sample, measure, one_life};
+use crate::measure::{Measured, Sample, measure, one_life};
 use crate::record::{Checked, Outcome, Record, SCHEMA};
 use crate::scenario::{Cell, Times};
+use crate::storage::{self, Images, Moments, PhaseLatency, Storage, Ticks, phases};
 
 /// How often an engine is asked how far it is.
 const POLL: Duration = Duration::from_millis(20);
@@ -61,10 +62,14 @@ pub fn run(order: &Order<'_>) -> Result<Record> {
     if let Some(control) = order.engine.congestion() {
         link.set_congestion(control)?;
     }
-    let config = config(order);
-    let mut source = Vm::start_with(&config, |qemu| link.place(Side::Source, qemu))?;
-    let incoming = config.incoming("destination");
-    let mut destination = Vm::start_with(&incoming, |qemu| link.place(Side::Destination, qemu))?;
+    let disk = order.cell.guest.disk.as_ref();
+    let images = disk
+        .map(|disk| Images::make(disk, order.seed))
+        .transpose()?;
+    let start = |side, config: &VmConfig| Vm::start_with(config, |qemu| link.place(side, qemu));
+    let mut source = start(Side::Source, &config(order, images.as_ref(), Side::Source))?;
+    let twin = config(order, images.as_ref(), Side::Destination).incoming("destination");
+    let mut destination = start(Side::Destination, &twin)?;
     settle(order, &source)?;
 
     let mut stage = Stage {
@@ -92,12 +97,32 @@ pub fn run(order: &Order<'_>) -> Result<Record> {
             None
         }
     };
+    let mut storage = images.as_ref().map(|_| {
+        let (bad_blocks, errors) = storage::seen_wrong(consoles);
+        let from = -order.times.before_s;
+        Storage {
+            bad_blocks,
+            errors,
+            compared: None,
+            phases: latencies(consoles, watched.start, from, end, measured.as_ref()),
+        }
+    });
     let consoles = seam(
         consoles.map(Console::transcript),
         moved && outcome == Outcome::Moved,
     );
     // The whole run has to be sound, the guest's ticks after the end too.
     let invalid = link.traffic().invalid;
+    if let (Some(images), Some(storage)) = (&images, &mut storage) {
+        source.kill()?;
+        destination.kill()?;
+        if moved {
+            storage.compared = Some(images.compare()?);
+        }
+        if let Some(trouble) = storage.trouble() {
+            fail(&mut outcome, trouble);
+        }
+    }
     Ok(Record {
         started_unix: watched.started_unix,
         outcome,
@@ -105,6 +130,7 @@ pub fn run(order: &Order<'_>) -> Result<Record> {
         invalid,
         measured,
         checked,
+        storage,
         traffic: Some(watched.traffic),
         tcp: Some(tcp),
         claimed: watched.claimed,
@@ -150,6 +176,7 @@ fn blank(order: &Order<'_>) -> Result<Record> {
         invalid: None,
         measured: None,
         checked: None,
+        storage: None,
         traffic: None,
         tcp: None,
         claimed: Value::Null,
@@ -163,8 +190,9 @@ fn unix_time() -> Result<f64> {
     Ok(time.context("the clock is before 1970")?.as_secs_f64())
 }
 
-fn config(order: &Order<'_>) -> VmConfig {
+fn config(order: &Order<'_>, images: Option<&Images>, side: Side) -> VmConfig {
     let guest = &order.cell.guest;
+    let of_disk = images.map_or_else(String::new, Images::kernel_arguments);
     VmConfig {
         name: "source".to_owned(),
         memory_mib: guest.memory_mib,
@@ -173,9 +201,10 @@ fn config(order: &Order<'_>) -> VmConfig {
         dirty_rate: order.cell.dirty_mb_s,
         hot_percent: guest.hot_percent,
         kernel_arguments: format!(
-            "memcheck.random={} memcheck.sweep={} memcheck.tick={} memcheck.seed={}",
+            "memcheck.random={} memcheck.sweep={} memcheck.tick={} memcheck.seed={} {of_disk}",
             guest.random_percent, guest.sweep_mb_s, guest.tick_ms, order.seed
         ),
+        qemu_arguments: images.map_or_else(Vec::new, |images| images.qemu_arguments(side)),
         qemu: order.qemu.to_owned(),
         ..VmConfig::default()
     }
@@ -277,18 +306,50 @@ fn watch(order: &Order<'_>, stage: &mut Stage<'_>) -> Result<Watched> {
     })
 }
 
-/// The guest's ticks on both consoles, in the order of its life.
-fn life(consoles: [&Console; 2], start: Instant) -> Vec<Sample> {
-    let since_start = |at: Instant| match at.checked_duration_since(start) {
+/// Seconds from `start` to `at`, negative if it was before.
+fn seconds_since(start: Instant, at: Instant) -> f64 {
+    match at.checked_duration_since(start) {
         Some(after) => after.as_secs_f64(),
         None => -(start - at).as_secs_f64(),
+    }
+}
+
+/// What the guest's disk I/O took, by phase: it was watched from `from` on, and the migration ended at `end`.
+fn latencies(
+    consoles: [&Console; 2],
+    start: Instant,
+    from: f64,
+    end: f64,
+    measured: Option<&Measured>,
+) -> Vec<PhaseLatency> {
+    let ticks: Vec<_> = consoles
+        .into_iter()
+        .zip([Side::Source, Side::Destination])
+        .flat_map(|(console, side)| {
+            let lines = console.transcript().lines().into_iter();
+            lines.filter_map(move |line| {
+                Ticks::parse(&line.text, seconds_since(start, line.at), side)
+            })
+        })
+        .collect();
+    let moments = Moments {
+        from,
+        freeze: measured.and_then(|measured| measured.freeze),
+        up: measured.and_then(|measured| measured.destination_up),
+        end,
+        until: start.elapsed().as_secs_f64(),
     };
+    phases(&ticks, &moments)
+}
+
+/// The guest's ticks on both consoles, in the order of its life.
+fn life(consoles: [&Console; 2], start: Instant) -> Vec<Sample> {
     let mut samples: Vec<_> = consoles
         .into_iter()
         .zip([Side::Source, Side::Destination])
         .flat_map(|(console, side)| console.ticks().into_iter().map(move |tick| (tick, side)))
         .map(|(tick, side)| Sample {
-            at: since_start(tick.at),
+            at: seconds_since(start, tick.at),
             guest_ms: tick.guest_ms,
             operations: tick.operations,
             side,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use hybridmig_netem::LinkSpec;
+use hybridmig_tests::guest::layout::Layout;
 use serde::{Deserialize, Serialize};
 
 use crate::engine;
@@ -17,6 +18,7 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("bench", include_str!("../scenarios/bench.toml")),
     ("writers", include_str!("../scenarios/writers.toml")),
     ("full", include_str!("../scenarios/full.toml")),
+    ("storage", include_str!("../scenarios/storage.toml")),
 ];
 
 /// A scenario.
@@ -101,6 +103,43 @@ pub struct Guest {
     pub sweep_mb_s: f64,
     /// Time between two ticks in ms: what a gap is measured with.
     pub tick_ms: u64,
+    /// A disk that moves with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Disk>,
+}
+
+/// A guest's disk, full of contents that do not compress well, of which the guest uses a part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Its size in MiB.
+    pub mib: u64,
+    /// MiB of it that the guest uses, all with the same probability.
+    pub hot_mib: u64,
+    /// These lie in runs of so many KiB, evenly spread over the disk.
+    pub run_kib: u64,
+    /// Per cent of each 4 KiB, used or not, that does not compress.
+    pub random_percent: u32,
+    /// Blocks of 4 KiB read at random, and verified, in MB/s.
+    pub read_mb_s: f64,
+    /// Blocks of 4 KiB rewritten at random, in MB/s.
+    pub write_mb_s: f64,
+    /// Threads of the guest that do so, each with one operation at a time.
+    pub threads: u32,
+}
+
+impl Disk {
+    /// Length in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.mib << 20
+    }
+
+    /// Where the blocks lie that the guest uses, if they have room.
+    pub fn layout(&self) -> Option<Layout> {
+        let layout = Layout::new(self.bytes(), self.hot_mib << 20, self.run_kib / 4)?;
+        // Their numbers have 16 bits.
+        (layout.blocks <= 1 << 16).then_some(layout)
+    }
 }
 
 fn uniform() -> u32 {
@@ -183,9 +222,7 @@ impl Scenario {
     /// Reads one. What it names must exist.
     pub fn parse(text: &str) -> Result<Self> {
         let scenario: Self = toml::from_str(text).context("this is not a scenario")?;
-        for name in &scenario.engines {
-            engine::by_name(name)?;
-        }
+        scenario.check_engines()?;
         scenario.cells()?;
         ensure!(scenario.repetitions > 0, "no repetitions");
         let Times {
@@ -209,6 +246,16 @@ impl Scenario {
                 "guest '{}': without sweep, ticks or pages nothing can be measured",
                 guest.name
             );
+            if let Some(disk) = &guest.disk {
+                ensure!(
+                    disk.layout().is_some_and(|layout| layout.blocks > 0)
+                        && disk.threads > 0
+                        && disk.random_percent <= 100,
+                    "guest '{}': its disk has no threads, more than 100 % that does not compress, or no room for \
+                     what is used (256 MiB at the most, in runs of 4 KiB or more)",
+                    guest.name
+                );
+            }
         }
         Ok(scenario)
     }
@@ -221,6 +268,18 @@ impl Scenario {
         let text = std::fs::read_to_string(name)
             .with_context(|| format!("'{name}' is no scenario of this program, and no file"))?;
         Self::parse(&text).with_context(|| name.to_owned())
+    }
+
+    /// Fails unless every engine exists, and moves disks where a guest has one.
+    pub fn check_engines(&self) -> Result<()> {
+        let disks = self.guests.iter().any(|guest| guest.disk.is_some());
+        for name in &self.engines {
+            ensure!(
+                engine::by_name(name)?.moves_disks() || !disks,
+                "engine '{name}' does not move disks, and a guest has one"
+            );
+        }
+        Ok(())
     }
 
     /// Every link with every guest.
@@ -292,5 +351,30 @@ mod tests {
         assert!(error(&smoke.replace("delay", "dealy")).contains("dealy"));
         assert!(error(&smoke.replace("sweep_mb_s", "swept")).contains("swept"));
         assert!(Scenario::find("nowhere").is_err());
+    }
+
+    #[test]
+    fn a_disk_must_have_room_for_what_is_used() {
+        let storage = EMBEDDED
+            .iter()
+            .find(|(name, _)| *name == "storage")
+            .unwrap()
+            .1;
+        let parsed = Scenario::parse(storage).unwrap();
+        let disk = parsed.guests[0].disk.as_ref().unwrap();
+        assert_eq!(disk.layout().unwrap().blocks * 4096, disk.hot_mib << 20);
+        let hot = format!("hot_mib = {}", disk.hot_mib);
+        for (from, to) in [
+            (hot.as_str(), "hot_mib = 257"),
+            ("threads = 4", "threads = 0"),
+            ("run_kib = 1024", "run_kib = 2"),
+            ("random_percent = 50", "random_percent = 101"),
+        ] {
+            assert!(storage.contains(from), "{from}");
+            assert!(Scenario::parse(&storage.replace(from, to)).is_err(), "{to}");
+        }
+        let other = storage.replace("qemu-mirror-bbr", "qemu-precopy-bbr");
+        let error = format!("{:#}", Scenario::parse(&other).unwrap_err());
+        assert!(error.contains("does not move disks"), "{error}");
     }
 }

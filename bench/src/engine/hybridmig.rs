@@ -40,6 +40,10 @@ impl Engine for Hybridmig {
         )
     }
 
+    fn moves_disks(&self) -> bool {
+        true
+    }
+
     fn prepare(&self, stage: &mut Stage<'_>) -> Result<Box<dyn Migration>> {
         let (near, far) = (Host::new()?, Host::new()?);
         let address = SocketAddr::from((stage.link.address(Side::Destination), PORT));

@@ -6,6 +6,7 @@
 
 mod hybridmig;
 mod qemu;
+mod qemu_mirror;
 mod qemu_postcopy;
 mod qemu_precopy;
 
@@ -22,6 +23,7 @@ pub fn all() -> Vec<Box<dyn Engine>> {
     let mut engines = hybridmig::engines();
     engines.extend(qemu_precopy::engines());
     engines.extend(qemu_postcopy::engines());
+    engines.extend(qemu_mirror::engines());
     engines
 }
 
@@ -45,6 +47,11 @@ pub trait Engine {
     /// The TCP congestion control that both hosts are to have, if that matters to it.
     fn congestion(&self) -> Option<&'static str> {
         None
+    }
+
+    /// Whether it moves disks as well. The others expect storage that both hosts reach.
+    fn moves_disks(&self) -> bool {
+        false
     }
 
     /// Does all that a user would have done before the migration: has the destination listen, sets

@@ -4,6 +4,7 @@
 mod cells;
 mod format;
 mod plot;
+mod storage;
 mod tables;
 
 use std::fs;

@@ -291,6 +291,7 @@ fn table(text: &mut String, cell: &Cell<'_>, plots: &[(String, String)]) {
         );
     }
     text.push('\n');
+    super::storage::tables(text, cell);
     let mut remarks = BTreeSet::new();
     for row in &cell.rows {
         for record in &row.runs {
