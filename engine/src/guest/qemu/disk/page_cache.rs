@@ -5,8 +5,11 @@
 //! the image's clean pages are dropped when a migration begins, and what is cached later was read or
 //! written since, unless we have read it ourselves. The price is that the guest's next reads come
 //! from the disk, once.
+//!
+//! What the kernel reads ahead, of our reads above all, would look like the guest's, and be read by us, and so on until
+//! all of the image is cached. So meanwhile QEMU's open image is one that is not read ahead of.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::num::NonZero;
 use std::os::fd::AsFd;
@@ -17,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use super::BLOCK_SIZE;
 use crate::blocks::BlockSet;
@@ -27,7 +31,7 @@ const WINDOW: u64 = 1 << 30;
 
 /// Share of an image in the cache up to which that tells what is used, even of the past.
 const TELLING: u64 = 4;
-/// Blocks behind one that we read that the kernel may read ahead.
+/// Blocks behind one that we read that the kernel may read ahead, where it could not be told not to.
 const READ_AHEAD: u32 = 4;
 /// Time between two looks, in units of how long one takes.
 const RARELY: u32 = 50;
@@ -36,7 +40,23 @@ const RARELY: u32 = 50;
 pub struct CacheWatch {
     path: PathBuf,
     bytes: u64,
+    /// The process that has the image open.
+    pid: i32,
+    /// Whether it is not read ahead of.
+    calmed: bool,
     state: Mutex<State>,
+}
+
+impl Drop for CacheWatch {
+    fn drop(&mut self) {
+        let advice = PosixFadviseAdvice::POSIX_FADV_NORMAL;
+        if self.calmed
+            && let Err(error) = advise(self.pid, &self.path, advice)
+        {
+            // Most often it has ended.
+            tracing::debug!(%error, self.pid, "QEMU's image is still not read ahead of");
+        }
+    }
 }
 
 struct State {
@@ -49,8 +69,12 @@ struct State {
 }
 
 impl CacheWatch {
-    /// Begins to watch the image of `bytes` at `path`: drops what is cached of it.
-    pub fn start(path: PathBuf, bytes: u64) -> io::Result<Self> {
+    /// Begins to watch the image of `bytes` at `path`, which process `pid` has open: drops what is cached of it.
+    pub fn start(path: PathBuf, bytes: u64, pid: i32) -> io::Result<Self> {
+        let advised = advise(pid, &path, PosixFadviseAdvice::POSIX_FADV_RANDOM);
+        if let Err(error) = &advised {
+            tracing::debug!(%error, pid, "QEMU's image is read ahead of");
+        }
         let before = cached_blocks(&path, bytes)?;
         let file = File::open(&path)?;
         let held = file.metadata()?.blocks() * 512 / u64::from(BLOCK_SIZE);
@@ -64,6 +88,8 @@ impl CacheWatch {
         Ok(Self {
             path,
             bytes,
+            pid,
+            calmed: advised.is_ok(),
             state: Mutex::new(State {
                 first,
                 ours: BlockSet::new(),
@@ -74,7 +100,8 @@ impl CacheWatch {
 
     /// We are about to read this block.
     pub fn we_read(&self, block: u32) {
-        let ours = block..=block.saturating_add(READ_AHEAD);
+        let more = if self.calmed { 0 } else { READ_AHEAD };
+        let ours = block..=block.saturating_add(more);
         self.lock().ours.insert_range(ours);
     }
 
@@ -96,6 +123,41 @@ impl CacheWatch {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Gives an advice for every descriptor of the process that the file at `path` is open by. An advice belongs to the
+/// open file, which a copy of the descriptor shares; the copy is closed at once.
+fn advise(pid: i32, path: &Path, advice: PosixFadviseAdvice) -> io::Result<()> {
+    let image = fs::metadata(path)?;
+    let process = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+    let process = pidfd_open(process, PidfdFlags::empty())?;
+    let mut found = false;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        // One that was closed meanwhile, or is no file, is not it.
+        let Ok(metadata) = fs::metadata(entry.path()) else {
+            continue;
+        };
+        if (metadata.dev(), metadata.ino()) != (image.dev(), image.ino()) {
+            continue;
+        }
+        let number = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        let number = number.ok_or(io::ErrorKind::InvalidData)?;
+        let copy = pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?;
+        posix_fadvise(&copy, 0, 0, advice)?;
+        found = true;
+    }
+    if found {
+        Ok(())
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the process does not have the image open",
+        ))
     }
 }
 
@@ -156,6 +218,11 @@ mod tests {
 
     use super::*;
 
+    /// It stands for QEMU.
+    fn this_process() -> i32 {
+        std::process::id() as i32
+    }
+
     #[test]
     fn what_was_written_is_cached_and_a_hole_is_not() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -187,7 +254,7 @@ mod tests {
         }
         // Clean pages can be dropped; all of it is cached, which tells nothing.
         file.as_file().sync_all().unwrap();
-        let watch = CacheWatch::start(file.path().to_owned(), bytes).unwrap();
+        let watch = CacheWatch::start(file.path().to_owned(), bytes, this_process()).unwrap();
         if watch.lock().first.len() > 40 {
             eprintln!("skipped: this file system keeps what it is told to drop");
             return;
@@ -199,5 +266,33 @@ mod tests {
         assert!(used.contains(300), "{used:?}");
         assert!(!used.contains(100), "{used:?}");
         assert!(used.len() < 40, "{used:?}");
+    }
+
+    #[test]
+    fn an_open_image_is_not_read_ahead_of_while_it_is_watched() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let size = u64::from(BLOCK_SIZE);
+        let data = vec![7; 400 * BLOCK_SIZE as usize];
+        std::os::unix::fs::FileExt::write_all_at(file.as_file(), &data, 0).unwrap();
+        file.as_file().sync_all().unwrap();
+        let watch =
+            CacheWatch::start(file.path().to_owned(), data.len() as u64, this_process()).unwrap();
+        assert!(watch.calmed);
+        if watch.lock().first.len() > 40 {
+            eprintln!("skipped: this file system keeps what it is told to drop");
+            return;
+        }
+        let mut buffer = vec![0; BLOCK_SIZE as usize];
+        for block in 100..140 {
+            watch.we_read(block as u32);
+            std::os::unix::fs::FileExt::read_exact_at(file.as_file(), &mut buffer, block * size)
+                .unwrap();
+        }
+        let used = watch.look().unwrap();
+        assert!(used.is_empty(), "{used:?}");
+        // One that does not have it open cannot be told.
+        drop(watch);
+        let init = CacheWatch::start(file.path().to_owned(), data.len() as u64, 1).unwrap();
+        assert!(!init.calmed);
     }
 }

@@ -541,7 +541,7 @@ impl SourceDisks {
         if !fs::metadata(&path).is_ok_and(|metadata| metadata.is_file()) {
             return None;
         }
-        CacheWatch::start(path, disk.facts.bytes)
+        CacheWatch::start(path, disk.facts.bytes, pid)
             .inspect_err(|error| {
                 let disk = &disk.facts.name;
                 tracing::warn!(disk, %error, "cannot tell what is in the page cache");
