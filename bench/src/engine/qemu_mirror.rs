@@ -20,22 +20,42 @@ const TARGET: &str = "mirror-target";
 const POLL: Duration = Duration::from_millis(1);
 
 pub(super) fn engines() -> Vec<Box<dyn Engine>> {
-    let engine = |congestion| Box::new(Mirror { congestion }) as Box<dyn Engine>;
-    qemu::CONTROLS.into_iter().map(engine).collect()
+    let mut engines: Vec<Box<dyn Engine>> = Vec::new();
+    for synchronous in [false, true] {
+        for congestion in qemu::CONTROLS {
+            engines.push(Box::new(Mirror {
+                synchronous,
+                congestion,
+            }));
+        }
+    }
+    engines
 }
 
+/// QEMU calls a mirror ready when nothing is dirty and nothing under way. Behind a long link a guest that writes all the
+/// time never lets that happen, so libvirt has `--copy-storage-synchronous-writes`: a write of the guest is
+/// complete when both sides have it.
+#[derive(Clone, Copy)]
 struct Mirror {
+    synchronous: bool,
     congestion: &'static str,
 }
 
 impl Engine for Mirror {
     fn name(&self) -> String {
-        format!("qemu-mirror-{}", self.congestion)
+        let synchronous = if self.synchronous { "sync-" } else { "" };
+        format!("qemu-mirror-{synchronous}{}", self.congestion)
     }
 
     fn about(&self) -> String {
+        let synchronous = if self.synchronous {
+            " --copy-storage-synchronous-writes"
+        } else {
+            ""
+        };
         format!(
-            "QEMU's blockdev-mirror over NBD, then its pre-copy, as virsh migrate --copy-storage-all; plain TCP {}",
+            "QEMU's blockdev-mirror over NBD, then its pre-copy, as virsh migrate --copy-storage-all{synchronous}; \
+             plain TCP {}",
             self.congestion
         )
     }
@@ -68,6 +88,11 @@ impl Engine for Mirror {
             json!({ "type": "nbd", "id": NODE, "node-name": NODE, "name": NODE, "writable": true });
         destination.execute("block-export-add", export)?;
         Ok(Box::new(Running {
+            copy_mode: if self.synchronous {
+                "write-blocking"
+            } else {
+                "background"
+            },
             started: Instant::now(),
             mirrored: None,
             switched: false,
@@ -80,6 +105,7 @@ fn inet(host: &str) -> Value {
 }
 
 struct Running {
+    copy_mode: &'static str,
     started: Instant,
     /// When the two images were equal for the first time, since the start.
     mirrored: Option<Duration>,
@@ -95,7 +121,9 @@ impl Migration for Running {
         let node =
             json!({ "driver": "nbd", "node-name": TARGET, "server": server, "export": NODE });
         source.execute("blockdev-add", node)?;
-        let job = json!({ "job-id": JOB, "device": NODE, "target": TARGET, "sync": "full" });
+        let job = json!({
+            "job-id": JOB, "device": NODE, "target": TARGET, "sync": "full", "copy-mode": self.copy_mode
+        });
         source.execute("blockdev-mirror", job).map(|_| ())
     }
 
