@@ -5,6 +5,7 @@ pub mod blocks;
 pub mod driver;
 pub mod guest;
 pub mod journal;
+pub mod nbd;
 pub mod plan;
 pub mod regions;
 pub mod report;

@@ -4,6 +4,7 @@
 //! The methods block (they are ioctls and short dialogues with a VMM); the drivers call them from
 //! threads of their own. They take `&self`: reading and placing blocks goes on beside the others.
 
+mod folder;
 pub mod paged_disks;
 pub mod paging;
 pub mod qemu;

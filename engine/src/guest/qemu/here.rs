@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::disk::{DestinationDisks, WantedDisk};
 use super::facts::disk_fact;
-use super::launch::{make_folder, remove_folder};
 use super::process::QemuProcess;
 use super::qmp::Qmp;
+use crate::guest::folder::{make_folder, remove_folder};
 use crate::guest::paged_disks::{DiskPlan, DiskRecord, PagedDisks};
 use crate::guest::{GuestError, GuestResult};
 

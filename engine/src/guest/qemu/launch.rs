@@ -9,7 +9,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::qmp::{Qmp, QmpError};
+use crate::guest::folder::{make_folder, remove_folder};
 use crate::guest::{GuestError, GuestResult};
 
 /// How long QEMU may take until its monitor answers.
@@ -355,59 +356,6 @@ fn make_ram_file(size: u64) -> GuestResult<OwnedFd> {
         )
     })?;
     Ok(fd)
-}
-
-/// Where such folders are made.
-pub(super) fn folder_base() -> PathBuf {
-    [std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)]
-        .into_iter()
-        .flatten()
-        .chain([PathBuf::from("/run/hybridmig")])
-        .find(|base| {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(base)
-                .is_ok()
-                && nix::unistd::access(base, nix::unistd::AccessFlags::W_OK).is_ok()
-        })
-        .unwrap_or_else(std::env::temp_dir)
-}
-
-/// A folder for a socket that only we can look into: who can reach the monitor owns the guest.
-pub(super) fn make_folder(prefix: &str) -> GuestResult<PathBuf> {
-    let base = folder_base();
-    let cannot = |error: io::Error| {
-        GuestError::caused(
-            format!(
-                "cannot create a folder for a socket of QEMU's in {}",
-                base.display()
-            ),
-            error,
-        )
-    };
-    let folder = tempfile::Builder::new()
-        .prefix(prefix)
-        .tempdir_in(&base)
-        .map_err(cannot)?
-        .keep();
-    let bytes = folder.as_os_str().as_encoded_bytes().len();
-    if bytes > 90 {
-        remove_folder(&folder);
-        return Err(GuestError::new(format!(
-            "{} is too long a path for a Unix socket: set XDG_RUNTIME_DIR to a shorter one",
-            base.display()
-        )));
-    }
-    Ok(folder)
-}
-
-pub(super) fn remove_folder(folder: &Path) {
-    if let Err(error) = fs::remove_dir_all(folder)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!(folder = %folder.display(), %error, "cannot remove a folder");
-    }
 }
 
 fn log_path(folder: &Path) -> PathBuf {

@@ -2,7 +2,7 @@
 //! client under the guest's device at the destination. No byte of a disk passes through QMP.
 //!
 //! - `choice` is what the operator wants, `facts` what there is and what becomes of it;
-//! - `source` reads the disks of a guest that leaves, over NBD (`nbd`, `pool`), and tells what it
+//! - `source` reads the disks of a guest that leaves, over NBD (`pool`), and tells what it
 //!   writes; `page_cache` tells what it has used lately;
 //! - `destination` puts a server of ours under the disks of a guest that comes, and takes it away.
 
@@ -10,7 +10,6 @@ mod choice;
 mod commands;
 mod destination;
 mod facts;
-mod nbd;
 mod page_cache;
 mod pool;
 mod source;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::nbd::{Client, NbdError, NbdResult};
+use crate::nbd::{Client, NbdError, NbdResult};
 
 /// Most connections to one export.
 pub const CONNECTIONS: u32 = 8;

@@ -23,16 +23,16 @@ use super::commands::{
     NbdServerStop, QueryBlockDevices, QueryExports, Transaction,
 };
 use super::facts::{Disk, DiskFacts, Survey};
-use super::nbd::{Extent, NbdError};
 use super::page_cache::CacheWatch;
 use super::pool::{self, Pool};
 use super::{BLOCK_SIZE, NODE_PREFIX};
 use crate::blocks::BlockSet;
-use crate::guest::qemu::launch::{folder_base, make_folder, remove_folder};
+use crate::guest::folder::{folder_base, make_folder, remove_folder};
 use crate::guest::qemu::preflight::Finding;
 use crate::guest::qemu::process::QemuProcess;
 use crate::guest::qemu::qmp::{QemuVersion, Qmp, QmpError};
 use crate::guest::{GuestError, GuestResult};
+use crate::nbd::{Extent, NbdError};
 
 /// First QEMU whose exports have to be told that reading goes on when a migration has completed.
 const INACTIVE_EXPORTS: QemuVersion = QemuVersion {

@@ -3,7 +3,7 @@
 
 use std::io::{self, Read, Write};
 
-use super::nbd::{Client, Extent, NbdError, NbdResult};
+use crate::nbd::{Client, Extent, NbdError, NbdResult};
 
 /// Plays a server that has said everything in advance; what the client says is kept.
 struct Script {
@@ -195,6 +195,36 @@ fn a_reply_that_does_not_fit_is_an_error_and_no_wrong_bytes() {
         assert!(matches!(failed, NbdError::Io { .. }), "{len}: {failed}");
     }
     assert!(opened(&[]).read(SIZE - 8, &mut [0; 16]).is_err());
+}
+
+#[test]
+fn a_write_and_a_flush_are_acknowledged_or_fail() {
+    // The server may answer them by a simple reply or by a chunk.
+    let simple = |cookie: u64, errno: u32| {
+        let mut bytes = 0x6744_6698_u32.to_be_bytes().to_vec();
+        bytes.extend(errno.to_be_bytes());
+        bytes.extend(cookie.to_be_bytes());
+        bytes
+    };
+    let mut client = opened(&[
+        simple(1, 0),
+        chunk_for(2, true, 0, &[]),
+        simple(3, 28),
+        simple(4, 0),
+        chunk_for(5, true, 0x8001, &error(5, "bad disk")),
+        // Data are no answer to a write.
+        chunk_for(6, true, 1, &data(0, b"data")),
+    ]);
+    client.write(4096, &[1; 4096]).unwrap();
+    client.flush().unwrap();
+    let full = client.write(0, &[1; 4096]).unwrap_err();
+    assert!(matches!(full, NbdError::Remote { errno: 28, .. }), "{full}");
+    client.flush().unwrap();
+    let broken = client.flush().unwrap_err().to_string();
+    assert!(broken.contains("bad disk"), "{broken}");
+    let outside = client.write(SIZE - 1, &[1; 2]).unwrap_err();
+    assert!(!outside.is_remote(), "{outside}");
+    assert!(!client.write(0, &[1; 4]).unwrap_err().is_remote());
 }
 
 #[test]

@@ -1,9 +1,10 @@
-//! An NBD client, as small as reading the disks of a QEMU takes: fixed newstyle handshake, structured
-//! replies, one metadata context, reads and block status, one request at a time on a connection.
+//! An NBD client, as small as the disks of our guests take: fixed newstyle handshake, structured
+//! replies, one metadata context, reads, writes, flushes and block status, one request at a time on a
+//! connection. The source reads a QEMU's disks by it; the embedded guest runs on its disk by it.
 //!
-//! The other end is QEMU, but nothing that it says is trusted with our memory or our life: every
-//! length is checked against what was asked for, and whatever does not fit is an error. After an
-//! error other than [`NbdError::Remote`] the connection must not be used again.
+//! The other end is QEMU or our own server, but nothing that it says is trusted with our memory or our
+//! life: every length is checked against what was asked for, and whatever does not fit is an error.
+//! After an error other than [`NbdError::Remote`] the connection must not be used again.
 //!
 //! Protocol: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>.
 
@@ -31,7 +32,9 @@ const REPLY_ERROR: u32 = 1 << 31;
 const INFO_EXPORT: u16 = 0;
 
 const COMMAND_READ: u16 = 0;
+const COMMAND_WRITE: u16 = 1;
 const COMMAND_DISCONNECT: u16 = 2;
+const COMMAND_FLUSH: u16 = 3;
 const COMMAND_BLOCK_STATUS: u16 = 7;
 
 const CHUNK_DONE: u16 = 1;
@@ -53,11 +56,11 @@ const PIECES_LIMIT: usize = 64 << 10;
 /// Operation not permitted: what QEMU says of an image that it has let go of.
 pub const EPERM: u32 = 1;
 
-/// Why a disk could not be read over NBD.
+/// Why a disk could not be used over NBD.
 #[derive(Debug, thiserror::Error)]
 pub enum NbdError {
     /// The connection failed.
-    #[error("the NBD connection to QEMU failed while {doing}")]
+    #[error("the NBD connection failed while {doing}")]
     Io {
         /// What was being done.
         doing: &'static str,
@@ -66,10 +69,10 @@ pub enum NbdError {
         source: io::Error,
     },
     /// What came is not NBD as it was agreed upon.
-    #[error("QEMU broke the NBD protocol: {0}")]
+    #[error("the NBD server broke the protocol: {0}")]
     Protocol(String),
     /// An option was refused.
-    #[error("QEMU's NBD server refused {option}: {message}")]
+    #[error("the NBD server refused {option}: {message}")]
     Refused {
         /// What was asked for.
         option: &'static str,
@@ -77,7 +80,7 @@ pub enum NbdError {
         message: String,
     },
     /// A request failed; the connection is intact.
-    #[error("QEMU cannot {request} at {offset}: {message} (error {errno})")]
+    #[error("the NBD server cannot {request} at {offset}: {message} (error {errno})")]
     Remote {
         /// What was asked for.
         request: &'static str,
@@ -293,6 +296,39 @@ impl<S: Read + Write> Client<S> {
                 None if filled == buf.len() => Ok(()),
                 None => Err(protocol(format!("{filled} of {len} bytes came"))),
             };
+        }
+        Err(protocol("chunks without end"))
+    }
+
+    /// Writes `data` at `offset`, which must lie within the disk. When this returns, reads of any
+    /// connection see it; a later [`Self::flush`] makes it durable.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> NbdResult<()> {
+        let len = self.check_range(offset, data.len() as u64)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let cookie = self.request(COMMAND_WRITE, offset, len)?;
+        self.send(data, "sending data")?;
+        self.acknowledged(cookie, "write", offset)
+    }
+
+    /// Makes durable what has been written.
+    pub fn flush(&mut self) -> NbdResult<()> {
+        let cookie = self.request(COMMAND_FLUSH, 0, 0)?;
+        self.acknowledged(cookie, "flush", 0)
+    }
+
+    /// Waits for the reply to a request whose reply has no contents.
+    fn acknowledged(&mut self, cookie: u64, request: &'static str, offset: u64) -> NbdResult<()> {
+        let mut failed = None;
+        for _ in 0..PIECES_LIMIT {
+            let chunk = self.chunk(cookie, "waiting for a reply")?;
+            if chunk.kind != CHUNK_NONE || chunk.len != 0 {
+                failed = Some(self.error_chunk(chunk, request, offset)?);
+            }
+            if chunk.done {
+                return failed.map_or(Ok(()), Err);
+            }
         }
         Err(protocol("chunks without end"))
     }
