@@ -270,6 +270,9 @@ pub struct RecvArgs {
     /// Let the disks that come replace images that have contents.
     #[arg(long)]
     pub overwrite_disks: bool,
+    /// Folder for the disk of an embedded guest [default: beside its control socket].
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, requires = "workload")]
+    pub disk_dir: Option<PathBuf>,
     /// Files or block devices with contents that the guest's disks may have too: an old copy, the
     /// image that a disk was made from, what an earlier migration left. They are read before it
     /// listens, and blocks that are in them are named instead of sent (docs/seeds.md). Never written.
@@ -341,6 +344,9 @@ pub struct DemoArgs {
     /// Memory of the guest.
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = units::size)]
     pub size: u64,
+    /// Disk of the guest; 0: none.
+    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = units::size)]
+    pub disk_size: u64,
     /// What the guest does (`hybridmig guest --help`).
     #[arg(long, default_value = "web")]
     pub profile: Profile,
@@ -371,6 +377,13 @@ pub struct GuestArgs {
     /// Memory, 16M to 8G.
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = units::size)]
     pub size: u64,
+    /// Disk, 4M to 64G; 0: none.
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = units::size)]
+    pub disk_size: u64,
+    /// File that is the disk, made at the start and removed at the end [default: the control socket's
+    /// path with .disk behind it].
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub disk: Option<PathBuf>,
     /// Access pattern: idle, web, db, build or scan (docs/workload.md).
     #[arg(long, default_value = "web")]
     pub profile: Profile,

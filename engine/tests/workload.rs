@@ -2,187 +2,31 @@
 //! when it is, taken over by a second pager when the first is killed, and ended by itself when
 //! nobody will come for it.
 
-use std::collections::BTreeSet;
+mod embedded;
+
 use std::ffi::OsString;
 use std::fs::Permissions;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hybridmig_engine::blocks::{Blocks, RegionId};
+use hybridmig_engine::blocks::Blocks;
 use hybridmig_engine::guest::workload::control::{Control, ControlError, Purpose, Standing};
 use hybridmig_engine::guest::workload::{
     GuestOptions, Launch, Profile, WorkloadDestination, WorkloadSource,
 };
-use hybridmig_engine::guest::{DestinationGuest, FaultAnswer, FaultSink, GuestError, SourceGuest};
+use hybridmig_engine::guest::{DestinationGuest, SourceGuest};
 use hybridmig_pager::PlacerConfig;
-use hybridmig_transport::message::{Mode, Offer, RefusalCode};
+use hybridmig_transport::message::{Offer, RefusalCode};
 
-/// Names another place of the fixture, for a test that runs where its own is out of reach.
-const FIXTURE_VARIABLE: &str = "HYBRIDMIG_GUEST_FIXTURE";
-const REGION: RegionId = RegionId(0);
-const BYTES: u64 = 32 << 20;
-const PAGES: u32 = (BYTES / 4096) as u32;
-
-fn fixture() -> PathBuf {
-    std::env::var_os(FIXTURE_VARIABLE).map_or_else(
-        || env!("CARGO_BIN_EXE_hybridmig-guest-fixture").into(),
-        PathBuf::from,
-    )
-}
-
-/// A guest process that ends with this test at the latest.
-struct Guest {
-    child: Child,
-    control: PathBuf,
-}
-
-impl Guest {
-    fn start(directory: &Path, name: &str, change: impl FnOnce(&mut GuestOptions)) -> Self {
-        let control = directory.join(name);
-        let mut options = GuestOptions {
-            profile: Profile::Db,
-            die_with: Some(std::process::id()),
-            ..GuestOptions::new(&control, BYTES)
-        };
-        change(&mut options);
-        let child = Command::new(fixture())
-            .args(options.to_args())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut guest = Self { child, control };
-        let alive = || guest.child.try_wait().unwrap().is_none();
-        Control::wait(&guest.control, Duration::from_secs(30), alive).unwrap();
-        guest
-    }
-
-    fn control(&self) -> Control {
-        Control::connect(&self.control).unwrap()
-    }
-
-    /// Waits until the process has ended by itself.
-    fn ended(&mut self) -> bool {
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while Instant::now() < deadline {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.success();
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        false
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // Most have ended by then; then there is nothing to kill.
-        _ = self.child.kill();
-        _ = self.child.wait();
-    }
-}
-
-/// How a destination starts its guest: it must not outlive this test.
-fn start_at(control: PathBuf) -> Launch {
-    Launch::Start {
-        program: fixture(),
-        args: ["--die-with".into(), std::process::id().to_string().into()].into(),
-        control,
-    }
-}
-
-fn offer(source: &WorkloadSource) -> Offer {
-    Offer {
-        guest: source.describe().clone(),
-        regions: source.regions().to_vec(),
-        mode: Mode::Hybrid,
-        check_only: false,
-    }
-}
-
-struct Faults(Sender<u32>);
-
-impl FaultSink for Faults {
-    fn fault(&self, region: RegionId, block: u32) -> FaultAnswer {
-        assert_eq!(region, REGION);
-        // Fails only when the test is over.
-        _ = self.0.send(block);
-        FaultAnswer::Requested
-    }
-
-    fn removed(&self, _region: RegionId, _first: u32, _count: u32) {
-        unreachable!("an embedded guest gives nothing back");
-    }
-
-    fn failed(&self, error: GuestError) {
-        eprintln!("the pager failed: {}", error.chain());
-    }
-}
-
-fn faults() -> (Arc<Faults>, Receiver<u32>) {
-    let (sender, receiver) = channel();
-    (Arc::new(Faults(sender)), receiver)
-}
-
-/// Copies blocks from the source to the destination before the handover.
-fn copy(source: &WorkloadSource, destination: &WorkloadDestination, blocks: &Blocks) {
-    let mut page = [0; 4096];
-    for (region, block) in blocks.iter_blocks() {
-        source.read(region, block, &mut page).unwrap();
-        if page.iter().all(|byte| *byte == 0) {
-            destination.write_zero(region, block, 1).unwrap();
-        } else {
-            destination.write(region, block, &page).unwrap();
-        }
-    }
-}
-
-/// Post-copy: faults first, the rest in the background, until nothing is missing. Returns how many
-/// blocks the guest asked for.
-fn push(
-    source: &WorkloadSource,
-    destination: &WorkloadDestination,
-    mut missing: Blocks,
-    faults: &Receiver<u32>,
-) -> usize {
-    let mut asked = BTreeSet::new();
-    let mut page = [0; 4096];
-    while !missing.is_empty() {
-        let block = match faults.try_recv() {
-            Ok(block) => {
-                asked.insert(block);
-                if !missing.remove(REGION, block) {
-                    continue;
-                }
-                block
-            }
-            Err(_) => missing.pop_front(1).unwrap().1[0],
-        };
-        source.read(REGION, block, &mut page).unwrap();
-        if page.iter().all(|byte| *byte == 0) {
-            destination.place_zero(REGION, block, 1).unwrap();
-        } else {
-            destination.place(REGION, block, &page).unwrap();
-        }
-    }
-    asked.len()
-}
-
-fn work_goes_on(done: impl Fn() -> Option<u64>) {
-    let before = done().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while done().unwrap() < before + 1000 {
-        assert!(Instant::now() < deadline, "the guest makes no progress");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
+use embedded::{
+    BYTES, FIXTURE_VARIABLE, Guest, PAGES, REGION, copy, faults, fixture, no_note, offer, push,
+    start_at, work_goes_on,
+};
 
 fn move_a_running_guest(change: impl FnOnce(&mut GuestOptions)) {
     let directory = tempfile::tempdir().unwrap();
@@ -240,7 +84,7 @@ fn move_a_running_guest(change: impl FnOnce(&mut GuestOptions)) {
     assert_eq!(destination.work_done(), done);
     destination.resume().unwrap();
     // The guest cannot go far before a block that is missing.
-    let first = faults.recv_timeout(Duration::from_secs(30)).unwrap();
+    let (_, first) = faults.recv_timeout(Duration::from_secs(30)).unwrap();
     assert!(missing.contains(REGION, first));
     assert!(destination.disarm().is_err(), "let go with blocks missing");
     let mut page = [0; 4096];
@@ -461,10 +305,11 @@ fn a_killed_pager_loses_nothing() {
 
     let (sink, faults) = faults();
     let (destination, missing) =
-        WorkloadDestination::adopt(&arrived.control, PlacerConfig::default(), sink).unwrap();
+        WorkloadDestination::adopt(&arrived.control, PlacerConfig::default(), sink, &no_note)
+            .unwrap();
     assert!(!missing.is_empty());
     // Who waits since the first pager's time is told again.
-    let waiting = faults.recv_timeout(Duration::from_secs(30)).unwrap();
+    let (_, waiting) = faults.recv_timeout(Duration::from_secs(30)).unwrap();
     assert!(missing.contains(REGION, waiting));
     push(&source, &destination, missing, &faults);
     // The block of the first fault was pushed with the rest.
@@ -483,7 +328,8 @@ fn a_guest_without_a_state_cannot_be_adopted() {
         options.incoming = true;
     });
     let (sink, _faults) = faults();
-    let adopted = WorkloadDestination::adopt(&waiting.control, PlacerConfig::default(), sink);
+    let adopted =
+        WorkloadDestination::adopt(&waiting.control, PlacerConfig::default(), sink, &no_note);
     let text = adopted.err().unwrap().chain();
     assert!(text.contains("never given its state"), "{text}");
     assert!(WorkloadSource::attach(&waiting.control).is_err());
@@ -504,7 +350,7 @@ fn what_does_not_fit_is_refused() {
     };
     let start = || start_at(directory.path().join("never"));
     refused(start(), &|offer| offer.guest.kind = "qemu".into(), "'qemu'");
-    refused(start(), &|offer| offer.regions.clear(), "one region");
+    refused(start(), &|offer| offer.regions.clear(), "region of memory");
     refused(start(), &|offer| offer.regions[0].blocks = 1 << 24, "8 GiB");
     refused(
         start(),

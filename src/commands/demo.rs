@@ -47,8 +47,12 @@ impl Demo {
         let here = Identity::create(&self.file("a.pem"))?.fingerprint();
         let there = Identity::create(&self.file("b.pem"))?.fingerprint();
         println!(
-            "guest:  {} of memory, profile {}, seed {}\nlink:   {}\nmode:   {}\n",
+            "guest:  {} of memory, {}, profile {}, seed {}\nlink:   {}\nmode:   {}\n",
             show_bytes(args.size),
+            match args.disk_size {
+                0 => "no disk".to_owned(),
+                bytes => format!("a disk of {}", show_bytes(bytes)),
+            },
             args.profile,
             args.seed,
             args.link,
@@ -97,10 +101,14 @@ impl Demo {
         );
         match arrived.verified {
             Some(verified) if verified.ok && received.success() => {
+                let pages = args.size / 4096;
+                let sectors = match verified.blocks.saturating_sub(pages) {
+                    0 => String::new(),
+                    sectors => format!(" and {sectors} sectors of disk"),
+                };
                 println!(
-                    "proof: the guest checked all of its {} pages at the destination (checksum, \
-                     generation, digest over all): no byte differs",
-                    verified.blocks
+                    "proof: the guest checked all of its {pages} pages of memory{sectors} at the \
+                     destination (checksum, generation, digest over all): no byte differs"
                 );
                 Ok(ExitCode::SUCCESS)
             }
@@ -126,6 +134,7 @@ impl Demo {
             .arg("--control")
             .arg(&control)
             .args(["--size", &self.args.size.to_string()])
+            .args(["--disk-size", &self.args.disk_size.to_string()])
             .args(["--profile", &self.args.profile.to_string()])
             .args(["--seed", &self.args.seed.to_string()])
             .args(["--die-with", &std::process::id().to_string()]);

@@ -9,6 +9,8 @@ use crate::cli::GuestArgs;
 /// Runs the guest until it is stopped over its control socket.
 pub fn run(args: GuestArgs) -> anyhow::Result<ExitCode> {
     let options = GuestOptions {
+        disk_bytes: args.disk_size,
+        disk: args.disk,
         incoming: args.incoming,
         profile: args.profile,
         contents: args.contents,

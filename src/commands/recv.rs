@@ -167,7 +167,16 @@ fn adopt(
     faults: Arc<dyn FaultSink>,
     note: &dyn Fn(&Blocks) -> GuestResult<()>,
 ) -> GuestResult<TakenOver> {
-    let (guest, missing) = QemuDestination::adopt(kept.path(), faults, note)?;
+    let folder = kept.path();
+    if WorkloadDestination::is_kept_in(folder) {
+        let config = PlacerConfig::default();
+        let (guest, missing) = WorkloadDestination::adopt_kept(folder, config, faults, note)?;
+        return Ok(TakenOver {
+            guest: Arc::new(guest),
+            missing,
+        });
+    }
+    let (guest, missing) = QemuDestination::adopt(folder, faults, note)?;
     Ok(TakenOver {
         guest: Arc::new(guest),
         missing,
@@ -211,11 +220,10 @@ fn open(args: &RecvArgs, kept: &Path) -> anyhow::Result<Arc<dyn DestinationGuest
                 program: std::env::current_exe().context("cannot find this program's file")?,
                 args: vec!["guest".into()],
                 control: control.clone(),
+                disk_dir: args.disk_dir.clone(),
             };
-            return Ok(Arc::new(WorkloadDestination::new(
-                launch,
-                PlacerConfig::default(),
-            )));
+            let guest = WorkloadDestination::new(launch, PlacerConfig::default());
+            return Ok(Arc::new(guest.keep_in(kept)));
         }
         (None, None, None) => {
             unreachable!("clap wants one of them, and one is taken over elsewhere")

@@ -199,13 +199,22 @@ pub struct Guest {
 impl Guest {
     /// Starts it with the profile `web`.
     pub fn start(host: &Host, mebibytes: u64) -> Result<Self> {
+        Self::start_with(host, mebibytes, &[])
+    }
+
+    /// The same with further arguments.
+    pub fn start_with(host: &Host, mebibytes: u64, arguments: &[&str]) -> Result<Self> {
         let control = host.path("guest.sock");
         let mut command = Command::new(hybridmig_binary()?);
         let size = format!("{mebibytes}M");
         command
-            .args(["guest", "--size", &size, "--profile", "web"])
+            .args(["guest", "--size", &size])
             .arg("--control")
-            .arg(&control);
+            .arg(&control)
+            .args(arguments);
+        if !arguments.contains(&"--profile") {
+            command.args(["--profile", "web"]);
+        }
         let mut process = Kept::start("guest", command)?;
         Control::wait(&control, PATIENCE, || {
             matches!(process.has_ended(), Ok(None))

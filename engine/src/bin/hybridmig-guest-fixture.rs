@@ -1,6 +1,7 @@
 //! For this crate's tests: the embedded guest alone (what `hybridmig guest` is in the program),
 //! and a destination pager that stops half-way, to be killed.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -49,40 +50,50 @@ fn half_pager(mut args: impl Iterator<Item = OsString>) -> Result<(), GuestError
         mode: Mode::Postcopy,
         check_only: false,
     })?;
-    let region = RegionId(0);
+    let read = |region: RegionId, block| {
+        let mut data = vec![0; source.regions()[usize::from(region.0)].block_size as usize];
+        source.read(region, block, &mut data)?;
+        Ok::<_, GuestError>(data)
+    };
     let (mut written, mut missing) = (Blocks::new(), Blocks::new());
-    let mut page = vec![0; 4096];
-    for block in 0..source.regions()[0].blocks {
-        source.read(region, block, &mut page)?;
-        if block % 4 == 0 {
-            destination.write(region, block, &page)?;
-            written.insert(region, block);
-        } else {
-            missing.insert(region, block);
+    for region in source.regions() {
+        let id = region.id;
+        for block in 0..region.blocks {
+            // The end of memory holds what belongs to the disk: the guest shall wait for the disk.
+            if block % 4 == 0 || block > region.blocks - region.blocks / 64 {
+                destination.write(id, block, &read(id, block)?)?;
+                written.insert(id, block);
+            } else {
+                missing.insert(id, block);
+            }
         }
     }
     let (sender, faults) = channel();
     destination.arm(&missing, &written, Arc::new(Faults(sender)))?;
     destination.load_state(&source.save_state()?)?;
     destination.resume()?;
-    // Serves some faults, so that there are blocks of all kinds, and leaves one waiting.
-    for block in faults.iter().take(200) {
-        source.read(region, block, &mut page)?;
-        destination.place(region, block, &page)?;
+    // Serves some faults, so that there are blocks of all kinds, and leaves one of each region
+    // waiting.
+    for (region, block) in faults.iter().take(200) {
+        destination.place(region, block, &read(region, block)?)?;
     }
-    let waiting = faults.recv();
-    println!("stalled with block {waiting:?} waiting");
+    let mut waiting = BTreeSet::new();
+    while waiting.len() < source.regions().len() {
+        let fault = faults.recv();
+        waiting.extend(fault.map(|(region, _)| region));
+    }
+    println!("stalled with blocks of {waiting:?} waiting");
     loop {
         std::thread::park();
     }
 }
 
-struct Faults(Sender<u32>);
+struct Faults(Sender<(RegionId, u32)>);
 
 impl FaultSink for Faults {
-    fn fault(&self, _region: RegionId, block: u32) -> FaultAnswer {
+    fn fault(&self, region: RegionId, block: u32) -> FaultAnswer {
         // The receiver lives as long as the process.
-        _ = self.0.send(block);
+        _ = self.0.send((region, block));
         FaultAnswer::Requested
     }
 

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use hybridmig_pager::handover::GuestMapping;
 use serde::{Deserialize, Serialize};
 
-use super::stats::Stats;
+use super::disk::Served;
+use super::stats::{Latencies, Stats};
 use super::wire::{self, LineReader};
 use super::workers::Plan;
 
 /// Version of the control protocol, of the saved state and of the page contents together. Two
 /// guests of different formats cannot take each other's place.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 /// What can be asked of a guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,8 +34,19 @@ pub enum Request {
     /// Keep the one descriptor that comes with this line for the next pager: the map of what is
     /// missing, which must outlive the pager that writes it.
     Keep,
-    /// Every page is in place and the pager has unregistered: the guest closes its own copy of the
-    /// userfaultfd, and what it keeps. Closing it earlier would turn missing pages into zeroes.
+    /// The disk's file, and the marks of what was written to it and used.
+    Disk,
+    /// Use the disk by way of this server from now on, since blocks of it will be missing. For a guest
+    /// that waits for its state. The guest waits for a server that has gone: another takes its place
+    /// at the same socket.
+    Serve {
+        /// The server.
+        by: Served,
+    },
+    /// Every page and every block is in place and the pager has unregistered: the guest closes its own
+    /// copy of the userfaultfd, and what it keeps, and uses the disk's file itself. Doing it earlier
+    /// would turn what is missing into zeroes. When this is answered no operation by way of the disk's
+    /// server is under way.
     Settled,
     /// Stop all workers between two accesses.
     Freeze {
@@ -52,7 +64,7 @@ pub enum Request {
     },
     /// Let a loaded guest run.
     Resume,
-    /// Verify all of guest memory; a running guest is frozen meanwhile.
+    /// Verify all of guest memory and of the disk; a running guest is frozen meanwhile.
     Verify,
     /// End the process.
     Stop,
@@ -81,6 +93,13 @@ pub enum Reply {
         /// In the form in which Firecracker tells its page-fault handler.
         mappings: Vec<GuestMapping>,
     },
+    /// Answer to [`Request::Disk`], with two descriptors: the disk's file, its marks.
+    Disk {
+        /// Absolute path of the file.
+        path: PathBuf,
+        /// Size in bytes.
+        bytes: u64,
+    },
     /// Answer to [`Request::Save`].
     State {
         /// In hexadecimal digits.
@@ -88,8 +107,8 @@ pub enum Reply {
     },
     /// Answer to [`Request::Verify`] if all is right.
     Verified {
-        /// Number of pages.
-        pages: u64,
+        /// Number of pages and of sectors of the disk.
+        blocks: u64,
     },
     /// Done; nothing to tell.
     Done,
@@ -121,15 +140,21 @@ pub struct Description {
     pub pid: u32,
     /// Size of its memory in bytes.
     pub bytes: u64,
+    /// Size of its disk in bytes; 0: it has none.
+    pub disk_bytes: u64,
     /// How it stands.
     pub standing: Standing,
     /// Whether it keeps a userfaultfd for missing pages.
     pub paged: bool,
+    /// Who serves its disk, where blocks of it are missing.
+    pub served: Option<Served>,
     /// What it does; none while it waits.
     pub plan: Option<Plan>,
     /// Its figures.
     pub stats: Stats,
-    /// The first wrong pages that its workers came across.
+    /// How long its operations on the disk took, on this host.
+    pub latencies: Latencies,
+    /// The first wrong pages, wrong sectors and failures that its threads came across.
     pub wrong: Vec<String>,
 }
 
@@ -163,6 +188,19 @@ pub struct MemoryHandover {
     pub kept: Option<OwnedFd>,
     /// Where the guest has its memory.
     pub mappings: Vec<GuestMapping>,
+}
+
+/// What [`Control::disk`] brings.
+#[derive(Debug)]
+pub struct DiskHandover {
+    /// The file.
+    pub file: OwnedFd,
+    /// What was written to it and used.
+    pub marks: OwnedFd,
+    /// Absolute path of the file.
+    pub path: PathBuf,
+    /// Size in bytes.
+    pub bytes: u64,
 }
 
 /// A client of a guest's control socket. One that has lost its connection makes a new one.
@@ -258,6 +296,30 @@ impl Control {
         }
     }
 
+    /// [`Request::Disk`].
+    pub fn disk(&mut self) -> Result<DiskHandover, ControlError> {
+        const WHAT: &str = "disk";
+        let (reply, fds) = self.ask(WHAT, &Request::Disk, PROMPT)?;
+        let Reply::Disk { path, bytes } = reply else {
+            return Err(unexpected(WHAT, &reply));
+        };
+        let [file, marks] = <[OwnedFd; 2]>::try_from(fds).map_err(|fds| {
+            ControlError::Foreign(WHAT, format!("{} descriptors instead of 2", fds.len()))
+        })?;
+        Ok(DiskHandover {
+            file,
+            marks,
+            path,
+            bytes,
+        })
+    }
+
+    /// [`Request::Serve`].
+    pub fn serve(&mut self, by: &Served) -> Result<(), ControlError> {
+        let by = by.clone();
+        self.command("serve", &Request::Serve { by }, PROMPT)
+    }
+
     /// [`Request::Settled`].
     pub fn settled(&mut self) -> Result<(), ControlError> {
         self.command("settled", &Request::Settled, PROMPT)
@@ -297,11 +359,11 @@ impl Control {
         self.command("resume", &Request::Resume, PROMPT)
     }
 
-    /// [`Request::Verify`].
+    /// [`Request::Verify`]: number of pages and sectors.
     pub fn verify(&mut self) -> Result<u64, ControlError> {
         const WHAT: &str = "verify";
         match self.ask(WHAT, &Request::Verify, VERIFICATION)?.0 {
-            Reply::Verified { pages } => Ok(pages),
+            Reply::Verified { blocks } => Ok(blocks),
             reply => Err(unexpected(WHAT, &reply)),
         }
     }

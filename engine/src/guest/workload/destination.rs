@@ -1,50 +1,77 @@
 //! The embedded guest at the destination: started there (or found waiting), filled, paged, and
 //! taken over by the next pager if one is killed. This file must never let go of the guest while a
-//! page is missing.
+//! page or a block of its disk is missing.
 
-use std::os::fd::AsFd;
-use std::path::Path;
-use std::process::Child;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
-use hybridmig_pager::{
-    Features, MissingMap, Placer, PlacerConfig, Region, RegionMemory, Uffd, kernel,
-};
-use hybridmig_transport::message::{Offer, Refusal, RefusalCode, RegionKind};
+use hybridmig_pager::{Placer, PlacerConfig, kernel};
+use hybridmig_transport::message::{Offer, Refusal, RefusalCode, RegionInfo, RegionKind};
+use serde::{Deserialize, Serialize};
 
-use super::control::{Control, ControlError, Description, MemoryHandover, Purpose, Standing};
-use super::facts::{self, ended};
-use super::launch::{Launch, available_memory, reap, start};
+use super::control::{Control, ControlError, Description, Purpose, Standing};
+use super::disk;
+use super::facts;
+use super::here::{DiskHere, Here, MEMORY};
+use super::launch::{self, Launch, available_memory, start};
+use super::lock;
 use super::options::{MAX_BYTES, MIN_BYTES};
-use super::stats::StatsPage;
 use crate::blocks::{BlockSet, Blocks, RegionId};
+use crate::guest::paged_disks::{DiskRecord, PagedDisks};
 use crate::guest::{
     BlockedTime, DestinationGuest, FaultSink, GuestError, GuestResult, paging::PagerSink,
 };
 
-/// The one region of a guest.
-const MEMORY: u16 = 0;
+/// What another process finds in the folder that is kept for it.
+const RECORD: &str = "workload.json";
 
 /// An embedded guest on the host that it comes to.
 pub struct WorkloadDestination {
     launch: Launch,
     placer_config: PlacerConfig,
+    /// Folder for what another process would take over by.
+    keep_in: Option<PathBuf>,
     here: Mutex<Option<Arc<Here>>>,
 }
 
-/// A guest that has been prepared.
-struct Here {
-    pid: u32,
-    control: Mutex<Control>,
-    /// The process, if it was started here.
-    child: Mutex<Option<Child>>,
-    stats: StatsPage,
-    memory: Arc<RegionMemory>,
-    region: Region,
-    missing: Arc<MissingMap>,
-    /// Until the placer takes it.
-    uffd: Mutex<Option<Uffd>>,
-    placer: Mutex<Option<Arc<Placer>>>,
+/// Where the guest is: the rest another process learns from the guest itself.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    control: PathBuf,
+}
+
+/// The regions of a guest that is offered.
+struct Regions<'a> {
+    memory: &'a RegionInfo,
+    disk: Option<&'a RegionInfo>,
+}
+
+impl<'a> Regions<'a> {
+    /// None if they are not those of an embedded guest.
+    fn of(offer: &'a Offer) -> Option<Self> {
+        let memory =
+            |region: &RegionInfo| region.kind == RegionKind::Memory && region.block_size == 4096;
+        let disk = |region: &RegionInfo| {
+            region.kind == RegionKind::Disk && region.block_size as usize == disk::BLOCK
+        };
+        match offer.regions.as_slice() {
+            [first] if memory(first) => Some(Self {
+                memory: first,
+                disk: None,
+            }),
+            [first, second] if memory(first) && disk(second) => Some(Self {
+                memory: first,
+                disk: Some(second),
+            }),
+            _ => None,
+        }
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        self.disk.map_or(0, |disk| disk.bytes())
+    }
 }
 
 impl WorkloadDestination {
@@ -53,17 +80,51 @@ impl WorkloadDestination {
         Self {
             launch,
             placer_config,
+            keep_in: None,
             here: Mutex::new(None),
         }
     }
 
+    /// Keeps in this folder, which exists, what another process takes over by: see
+    /// [`Self::adopt_kept`].
+    #[must_use]
+    pub fn keep_in(self, folder: &Path) -> Self {
+        Self {
+            keep_in: Some(folder.to_owned()),
+            ..self
+        }
+    }
+
+    /// Whether another process has kept an embedded guest in this folder.
+    pub fn is_kept_in(folder: &Path) -> bool {
+        folder.join(RECORD).exists()
+    }
+
+    /// Like [`Self::adopt`], of the guest that another process has kept in this folder.
+    pub fn adopt_kept(
+        folder: &Path,
+        placer_config: PlacerConfig,
+        faults: Arc<dyn FaultSink>,
+        note: &dyn Fn(&Blocks) -> GuestResult<()>,
+    ) -> GuestResult<(Self, Blocks)> {
+        let path = folder.join(RECORD);
+        let cannot = |error: std::io::Error| {
+            GuestError::caused(format!("cannot use {}", path.display()), error)
+        };
+        let text = fs::read(&path).map_err(cannot)?;
+        let record: Record = serde_json::from_slice(&text).map_err(|error| cannot(error.into()))?;
+        let (guest, missing) = Self::adopt(&record.control, placer_config, faults, note)?;
+        Ok((guest.keep_in(folder), missing))
+    }
+
     /// Takes over a guest that has been given its state and whose pager has ended, however it
     /// ended. Returns the blocks that are still missing; the faults of threads that wait are told
-    /// again.
+    /// again. Before any fault `note` is told what is missing.
     pub fn adopt(
         control: &Path,
         placer_config: PlacerConfig,
         faults: Arc<dyn FaultSink>,
+        note: &dyn Fn(&Blocks) -> GuestResult<()>,
     ) -> GuestResult<(Self, Blocks)> {
         let mut client = Control::connect(control)?;
         let description = client.describe()?;
@@ -74,7 +135,26 @@ impl WorkloadDestination {
             )));
         }
         let handover = client.memory(Purpose::Page)?;
-        let here = Here::new(&description, client, None, handover)?;
+        let image = match &description.served {
+            Some(_) => Some(client.disk()?.path),
+            None => None,
+        };
+        let mut here = Here::new(&description, client, None, handover)?;
+        let mut missing: Blocks =
+            std::iter::once((RegionId(MEMORY), here.missing.to_bitmap(MEMORY))).collect();
+        note(&missing)?;
+        if let (Some(served), Some(image)) = (&description.served, image) {
+            let record = DiskRecord {
+                map: served.map.clone(),
+                socket: served.socket.clone(),
+                export: served.export.clone(),
+            };
+            let paged = PagedDisks::adopt(MEMORY + 1, &[record], &faults, |of_disk| {
+                missing.union_with(of_disk);
+                note(of_disk)
+            })?;
+            here.disk = Some(DiskHere::adopted(paged, image, served));
+        }
         let uffd = here.take_uffd()?;
         let placer = Placer::take_over(
             uffd,
@@ -84,16 +164,15 @@ impl WorkloadDestination {
             Arc::new(PagerSink(faults)),
             placer_config,
         )?;
-        let missing = here.missing.to_bitmap(MEMORY);
         *lock(&here.placer) = Some(Arc::new(placer));
-        let this = Self {
-            launch: Launch::Waiting {
-                control: control.to_owned(),
-            },
-            placer_config,
-            here: Mutex::new(Some(Arc::new(here))),
+        let launch = Launch::Waiting {
+            control: control.to_owned(),
         };
-        Ok((this, [(RegionId(MEMORY), missing)].into_iter().collect()))
+        let this = Self {
+            here: Mutex::new(Some(Arc::new(here))),
+            ..Self::new(launch, placer_config)
+        };
+        Ok((this, missing))
     }
 
     /// How the guest stands.
@@ -115,34 +194,40 @@ impl WorkloadDestination {
             .ok_or_else(|| GuestError::new("the guest has not been prepared here"))
     }
 
-    fn placer(&self) -> GuestResult<Arc<Placer>> {
-        lock(&self.here()?.placer)
-            .clone()
-            .ok_or_else(|| GuestError::new("the guest's pager has not been armed"))
+    fn write_record(&self, folder: &Path) -> GuestResult<()> {
+        let path = folder.join(RECORD);
+        let write = || {
+            // Another process has another working directory.
+            let control = std::path::absolute(self.launch.control())?;
+            let mut file = tempfile::NamedTempFile::new_in(folder)?;
+            file.write_all(&serde_json::to_vec(&Record { control })?)?;
+            file.persist(&path).map_err(|error| error.error)?;
+            Ok(())
+        };
+        write().map_err(|error: std::io::Error| {
+            GuestError::caused(format!("cannot write {}", path.display()), error)
+        })
     }
 }
 
 impl DestinationGuest for WorkloadDestination {
     fn check(&self, offer: &Offer) -> Result<Vec<String>, Refusal> {
         let mut reasons = facts::mismatches(&offer.guest);
-        let bytes = match offer.regions.as_slice() {
-            [region] if region.kind == RegionKind::Memory && region.block_size == 4096 => {
-                Some(region.bytes())
-            }
-            _ => {
-                reasons.push(
-                    "an embedded guest has exactly one region, of memory in pages of 4 KiB".into(),
-                );
-                None
-            }
-        };
+        let regions = Regions::of(offer);
+        if regions.is_none() {
+            reasons.push(
+                "an embedded guest has one region of memory in pages of 4 KiB, and perhaps one of a \
+                 disk in blocks of 64 KiB"
+                    .into(),
+            );
+        }
         if let Err(error) = kernel::probe().check_destination() {
             reasons.push(GuestError::from(error).chain());
         }
         let mut notes = vec![];
-        if let Some(bytes) = bytes {
-            match self.check_size(bytes) {
-                Ok(note) => notes.push(note),
+        if let Some(regions) = regions {
+            match self.check_size(&regions) {
+                Ok(found) => notes.extend(found),
                 Err(reason) => reasons.push(reason),
             }
         }
@@ -161,7 +246,9 @@ impl DestinationGuest for WorkloadDestination {
     }
 
     fn prepare(&self, offer: &Offer) -> GuestResult<()> {
-        let bytes = offer.regions.first().map_or(0, |region| region.bytes());
+        let regions = Regions::of(offer)
+            .ok_or_else(|| GuestError::new("the regions are not those of an embedded guest"))?;
+        let bytes = regions.memory.bytes();
         let mut slot = lock(&self.here);
         if slot.is_some() {
             return Err(GuestError::new("a guest has been prepared here already"));
@@ -171,27 +258,48 @@ impl DestinationGuest for WorkloadDestination {
                 program,
                 args,
                 control,
+                disk_dir,
             } => {
-                let (client, child) = start(program, args, control, bytes)?;
+                let disk_bytes = regions.disk_bytes();
+                let options = launch::options(control, disk_dir.as_deref(), bytes, disk_bytes);
+                let (client, child) = start(program, args, &options)?;
                 (client, Some(child))
             }
             Launch::Waiting { control } => (Control::connect(control)?, None),
         };
-        let here = take_possession(client, child, bytes)?;
+        let here = Here::prepare(client, child, bytes, regions.disk)?;
         *slot = Some(Arc::new(here));
         Ok(())
     }
 
+    fn written_files(&self) -> Vec<PathBuf> {
+        let here = lock(&self.here).clone();
+        let disk = here.as_ref().and_then(|here| here.disk.as_ref());
+        disk.map(|disk| disk.image.clone()).into_iter().collect()
+    }
+
     fn write(&self, region: RegionId, first: u32, data: &[u8]) -> GuestResult<()> {
-        Ok(self.here()?.memory_of(region)?.write(first, data)?)
+        let here = self.here()?;
+        if let Some(disk) = here.disk_of(region) {
+            return disk.write(region, first, data);
+        }
+        Ok(here.memory_of(region)?.write(first, data)?)
     }
 
     fn write_zero(&self, region: RegionId, first: u32, count: u32) -> GuestResult<()> {
-        Ok(self.here()?.memory_of(region)?.zero(first, count)?)
+        let here = self.here()?;
+        if let Some(disk) = here.disk_of(region) {
+            return disk.write_zero(region, first, count);
+        }
+        Ok(here.memory_of(region)?.zero(first, count)?)
     }
 
     fn read(&self, region: RegionId, block: u32, buf: &mut [u8]) -> GuestResult<()> {
-        Ok(self.here()?.memory_of(region)?.read(block, buf)?)
+        let here = self.here()?;
+        if let Some(disk) = here.disk_of(region) {
+            return disk.read(region, block, buf);
+        }
+        Ok(here.memory_of(region)?.read(block, buf)?)
     }
 
     fn arm(
@@ -206,7 +314,15 @@ impl DestinationGuest for WorkloadDestination {
             return Err(GuestError::new("the guest's pager is armed already"));
         }
         for (region, _) in missing.iter().chain(written.iter()) {
-            here.memory_of(region)?;
+            if here.disk_of(region).is_none() {
+                here.memory_of(region)?;
+            }
+        }
+        if let Some(folder) = &self.keep_in {
+            self.write_record(folder)?;
+        }
+        if let Some(disk) = &here.disk {
+            disk.paged.arm(missing, &faults)?;
         }
         let region = RegionId(MEMORY);
         here.missing.insert(MEMORY, &set_of(missing, region))?;
@@ -224,8 +340,9 @@ impl DestinationGuest for WorkloadDestination {
     }
 
     fn load_state(&self, state: &[u8]) -> GuestResult<()> {
-        self.placer()?; // without a trap a missing page would read as zeroes
-        Ok(lock(&self.here()?.control).load(state)?)
+        let here = self.here()?;
+        here.placer()?; // without a trap a missing page would read as zeroes
+        Ok(lock(&here.control).load(state)?)
     }
 
     fn resume(&self) -> GuestResult<()> {
@@ -233,17 +350,25 @@ impl DestinationGuest for WorkloadDestination {
     }
 
     fn place(&self, region: RegionId, first: u32, data: &[u8]) -> GuestResult<()> {
-        Ok(self.placer()?.place(region.0, first, data)?)
+        let here = self.here()?;
+        if let Some(disk) = here.disk_of(region) {
+            return disk.place(region, first, data);
+        }
+        Ok(here.placer()?.place(region.0, first, data)?)
     }
 
     fn place_zero(&self, region: RegionId, first: u32, count: u32) -> GuestResult<()> {
-        Ok(self.placer()?.place_zero(region.0, first, count)?)
+        let here = self.here()?;
+        if let Some(disk) = here.disk_of(region) {
+            return disk.place_zero(region, first, count);
+        }
+        Ok(here.placer()?.place_zero(region.0, first, count)?)
     }
 
     fn disarm(&self) -> GuestResult<BlockedTime> {
         let here = self.here()?;
-        self.placer()?.disarm()?;
-        lock(&here.control).settled()?;
+        here.placer()?.disarm()?;
+        here.settle()?;
         Ok(here.blocked_time())
     }
 
@@ -276,11 +401,17 @@ impl DestinationGuest for WorkloadDestination {
 }
 
 impl WorkloadDestination {
-    fn check_size(&self, bytes: u64) -> Result<String, String> {
+    /// Whether the host, and the guest that waits here, are large enough.
+    fn check_size(&self, regions: &Regions<'_>) -> Result<Vec<String>, String> {
+        let bytes = regions.memory.bytes();
         if !(MIN_BYTES..=MAX_BYTES).contains(&bytes) {
             return Err(format!(
                 "a guest of {bytes} bytes is out of range: 16 MiB to 8 GiB are possible"
             ));
+        }
+        let disk_bytes = regions.disk_bytes();
+        if disk_bytes > 0 {
+            disk::check_size(disk_bytes, bytes)?;
         }
         if let Launch::Waiting { control } = &self.launch {
             let described = Control::connect(control).and_then(|mut client| client.describe());
@@ -291,12 +422,13 @@ impl WorkloadDestination {
                     control.display()
                 ));
             }
-            if description.bytes != bytes {
+            if description.bytes != bytes || description.disk_bytes != disk_bytes {
                 return Err(format!(
-                    "the guest at {} has {} bytes, the one that comes has {bytes}: start it with \
-                     the same size",
+                    "the guest at {} has {} bytes of memory and a disk of {}, the one that comes has \
+                     {bytes} and {disk_bytes}: start it with the same sizes",
                     control.display(),
-                    description.bytes
+                    description.bytes,
+                    description.disk_bytes
                 ));
             }
         }
@@ -310,128 +442,50 @@ impl WorkloadDestination {
                 bytes >> 20
             ));
         }
-        Ok(format!(
+        let mut notes = vec![format!(
             "{} MiB of memory are available for {} MiB of guest",
             available >> 20,
             bytes >> 20
-        ))
-    }
-}
-
-impl Here {
-    fn new(
-        description: &Description,
-        control: Control,
-        child: Option<Child>,
-        handover: MemoryHandover,
-    ) -> GuestResult<Self> {
-        let len = description.bytes;
-        let memory = Arc::new(RegionMemory::open(handover.memory, MEMORY, 0, len)?);
-        let region = facts::region(&memory, &handover.mappings)?;
-        let uffd = Uffd::from_fd(handover.uffd)?;
-        uffd.handshake(Features::PLACING)?;
-        let stats = StatsPage::attach(handover.stats)
-            .map_err(|error| GuestError::caused("the guest's figures cannot be mapped", error))?;
-        let missing = match handover.kept {
-            Some(kept) => MissingMap::from_file(kept.into(), Path::new("the guest's map"))?,
-            None => MissingMap::in_memory(&[memory.blocks()])?,
-        };
-        Ok(Self {
-            pid: description.pid,
-            control: Mutex::new(control),
-            child: Mutex::new(child),
-            stats,
-            memory,
-            region,
-            missing: Arc::new(missing),
-            uffd: Mutex::new(Some(uffd)),
-            placer: Mutex::new(None),
-        })
-    }
-
-    fn memory_of(&self, region: RegionId) -> GuestResult<&RegionMemory> {
-        if region.0 == MEMORY {
-            Ok(&self.memory)
-        } else {
-            Err(GuestError::new(format!(
-                "an embedded guest has no {region}"
-            )))
-        }
-    }
-
-    fn take_uffd(&self) -> GuestResult<Uffd> {
-        lock(&self.uffd)
-            .take()
-            .ok_or_else(|| GuestError::new("arming the guest's pager has failed before"))
-    }
-
-    fn blocked_time(&self) -> BlockedTime {
-        let parallelism = self.stats.sample().threads;
-        let Some(placer) = lock(&self.placer).clone() else {
-            return BlockedTime {
-                parallelism,
-                ..BlockedTime::default()
-            };
-        };
-        BlockedTime::from_pager(placer.stats(), parallelism)
-    }
-
-    fn end(&self) -> GuestResult<()> {
-        let stopped = lock(&self.control).stop();
-        match lock(&self.child).take() {
-            Some(child) => reap(child),
-            None => ended(stopped),
-        }
-    }
-}
-
-fn take_possession(mut client: Control, child: Option<Child>, bytes: u64) -> GuestResult<Here> {
-    let prepared = (|| {
-        let description = client.describe()?;
-        if let Some(child) = &child
-            && description.pid != child.id()
+        )];
+        if let Launch::Start {
+            control, disk_dir, ..
+        } = &self.launch
+            && disk_bytes > 0
         {
-            return Err(GuestError::new(format!(
-                "another guest (process {}) listens at {}: choose another path",
-                description.pid,
-                client.path().display()
-            )));
+            notes.push(check_room(control, disk_dir.as_deref(), disk_bytes)?);
         }
-        if description.standing != Standing::Waiting || description.bytes != bytes {
-            return Err(GuestError::new(format!(
-                "the guest at {} has {} bytes and is {:?}, where one of {bytes} bytes that waits \
-                 is needed",
-                client.path().display(),
-                description.bytes,
-                description.standing
-            )));
-        }
-        let handover = client.memory(Purpose::Page)?;
-        Ok((description, handover))
-    })();
-    let (description, handover) = match prepared {
-        Ok(prepared) => prepared,
-        Err(error) => {
-            if let Some(child) = child {
-                reap(child)?;
-            }
-            return Err(error);
-        }
-    };
-    let here = Here::new(&description, client, child, handover)?;
-    let kept = lock(&here.control).keep(here.missing.file().as_fd());
-    if let Err(error) = kept {
-        here.end()?;
-        return Err(error.into());
+        Ok(notes)
     }
-    Ok(here)
+}
+
+/// Whether the disk has room: all of it, since the guest may come to write all of it.
+fn check_room(control: &Path, disk_dir: Option<&Path>, bytes: u64) -> Result<String, String> {
+    let folder = match disk_dir {
+        Some(folder) => folder,
+        None => match control.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        },
+    };
+    let shown = folder.display();
+    let room = rustix::fs::statvfs(folder)
+        .map_err(|error| format!("the room for the disk in {shown} cannot be told: {error}"))?;
+    let free = room.f_bavail * room.f_frsize;
+    if free < bytes {
+        return Err(format!(
+            "{shown} has {} MiB free, the guest's disk needs {} MiB: free some, or name another \
+             folder with --disk-dir",
+            free >> 20,
+            bytes >> 20
+        ));
+    }
+    Ok(format!(
+        "a disk of {} MiB comes to {shown}, which has {} MiB free",
+        bytes >> 20,
+        free >> 20
+    ))
 }
 
 fn set_of(blocks: &Blocks, region: RegionId) -> BlockSet {
     blocks.get(region).cloned().unwrap_or_default()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every holder leaves a whole value behind at every point.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -27,6 +27,8 @@ pub enum Launch {
         args: Vec<OsString>,
         /// Where the guest is to listen.
         control: PathBuf,
+        /// Folder for the guest's disk, if one comes; beside the control socket if none.
+        disk_dir: Option<PathBuf>,
     },
     /// Use a guest that waits there (`hybridmig guest --incoming`).
     Waiting {
@@ -44,19 +46,36 @@ impl Launch {
     }
 }
 
+/// The options of a guest that is started at `control`, with `bytes` of memory and `disk_bytes` of
+/// disk.
+pub fn options(
+    control: &Path,
+    disk_dir: Option<&Path>,
+    bytes: u64,
+    disk_bytes: u64,
+) -> GuestOptions {
+    let in_folder = |folder: &Path| {
+        let name = control.file_name().unwrap_or_default();
+        let mut name = name.to_owned();
+        name.push(".disk");
+        folder.join(name)
+    };
+    GuestOptions {
+        incoming: true,
+        detach: true,
+        end_when_abandoned: true,
+        disk_bytes,
+        disk: disk_dir.filter(|_| disk_bytes > 0).map(in_folder),
+        ..GuestOptions::new(control, bytes)
+    }
+}
+
 /// Starts a guest process that waits for a state, and connects to it.
 pub fn start(
     program: &Path,
     args: &[OsString],
-    control: &Path,
-    bytes: u64,
+    options: &GuestOptions,
 ) -> GuestResult<(Control, Child)> {
-    let options = GuestOptions {
-        incoming: true,
-        detach: true,
-        end_when_abandoned: true,
-        ..GuestOptions::new(control, bytes)
-    };
     let failed = |error: std::io::Error| {
         GuestError::caused(format!("cannot start {}", program.display()), error)
     };
@@ -72,7 +91,7 @@ pub fn start(
         .map_err(failed)?;
     // Should another guest listen there, the new one ends and says so.
     let alive = || matches!(child.try_wait(), Ok(None));
-    match Control::wait(control, START, alive) {
+    match Control::wait(&options.control, START, alive) {
         Ok(client) => Ok((client, child)),
         Err(error) => {
             let said = last_words(&mut said);

@@ -4,6 +4,7 @@
 use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
+use super::disk;
 use super::pages::PAGE;
 use super::process::GuestProcessError;
 use super::profile::{ContentShares, Profile};
@@ -22,6 +23,13 @@ pub struct GuestOptions {
     pub control: PathBuf,
     /// Size of the memory, [`MIN_BYTES`] to [`MAX_BYTES`], whole pages.
     pub bytes: u64,
+    /// Size of the disk, whole blocks of 64 KiB from [`super::MIN_DISK_BYTES`] to
+    /// [`super::MAX_DISK_BYTES`], at most 128 times the memory; 0: no disk.
+    pub disk_bytes: u64,
+    /// The file that is the disk, made when the guest starts and removed when it ends. It may be there
+    /// if it is empty. Unless told otherwise it lies beside the control socket, with `.disk` behind
+    /// its name, and is replaced if it is there.
+    pub disk: Option<PathBuf>,
     /// Wait for the state of a guest that comes from elsewhere. What follows up to `max_accesses`
     /// then comes with the state.
     pub incoming: bool,
@@ -49,12 +57,14 @@ pub struct GuestOptions {
 }
 
 impl GuestOptions {
-    /// A guest of `bytes` bytes at a control socket, everything else as usual: profile `web`, seed
-    /// 1, two workers, factor 1, attached to its starter.
+    /// A guest of `bytes` bytes at a control socket, everything else as usual: no disk, profile `web`,
+    /// seed 1, two workers, factor 1, attached to its starter.
     pub fn new(control: impl Into<PathBuf>, bytes: u64) -> Self {
         Self {
             control: control.into(),
             bytes,
+            disk_bytes: 0,
+            disk: None,
             incoming: false,
             profile: Profile::Web,
             contents: None,
@@ -73,6 +83,7 @@ impl GuestOptions {
         let mut args = vec!["--control".into(), self.control.clone().into_os_string()];
         let mut add = |name: &str, value: String| args.extend([name.into(), value.into()]);
         add("--size", self.bytes.to_string());
+        add("--disk-size", self.disk_bytes.to_string());
         add("--profile", self.profile.to_string());
         add("--seed", self.seed.to_string());
         add("--threads", self.threads.to_string());
@@ -85,6 +96,9 @@ impl GuestOptions {
         }
         if let Some(pid) = self.die_with {
             add("--die-with", pid.to_string());
+        }
+        if let Some(path) = &self.disk {
+            args.extend(["--disk".into(), path.clone().into_os_string()]);
         }
         for (name, given) in [
             ("--incoming", self.incoming),
@@ -109,7 +123,7 @@ impl GuestOptions {
                 "--detach" => options.detach = true,
                 "--end-when-abandoned" => options.end_when_abandoned = true,
                 "--control" | "--size" | "--profile" | "--seed" | "--threads" | "--rate-factor"
-                | "--contents" | "--max-accesses" | "--die-with" => {
+                | "--contents" | "--max-accesses" | "--die-with" | "--disk-size" | "--disk" => {
                     let value = args
                         .next()
                         .ok_or_else(|| bad(format!("{name} needs a value")))?;
@@ -135,9 +149,14 @@ impl GuestOptions {
             self.control = value.into();
             return Ok(());
         }
+        if name == "--disk" {
+            self.disk = Some(value.into());
+            return Ok(());
+        }
         let text = value.to_str().ok_or("not UTF-8")?;
         match name {
             "--size" => self.bytes = number(text)?,
+            "--disk-size" => self.disk_bytes = number(text)?,
             "--profile" => self.profile = text.parse()?,
             "--seed" => self.seed = number(text)?,
             "--threads" => self.threads = number(text)?,
@@ -162,7 +181,22 @@ impl GuestOptions {
         if !self.bytes.is_multiple_of(PAGE as u64) {
             return bad(format!("{} bytes are not whole pages of 4 KiB", self.bytes));
         }
+        if self.disk_bytes > 0 {
+            disk::check_size(self.disk_bytes, self.bytes).or_else(bad)?;
+        } else if self.disk.is_some() {
+            return bad("a file for the disk is named, and no --disk-size".into());
+        }
         self.plan().check().or_else(bad)
+    }
+
+    /// The file that is the disk, if the guest has one.
+    pub fn disk_path(&self) -> Option<PathBuf> {
+        let beside = || {
+            let mut path = self.control.clone().into_os_string();
+            path.push(".disk");
+            path.into()
+        };
+        (self.disk_bytes > 0).then(|| self.disk.clone().unwrap_or_else(beside))
     }
 
     /// What a guest that is not incoming does.
@@ -210,6 +244,8 @@ mod tests {
         let plain = GuestOptions::new("/run/guest.sock", MIN_BYTES);
         assert_eq!(GuestOptions::from_args(plain.to_args()).unwrap(), plain);
         let full = GuestOptions {
+            disk_bytes: 64 << 20,
+            disk: Some("/var/lib/disk".into()),
             incoming: true,
             profile: Profile::Build,
             contents: Some("1:2:3".parse().unwrap()),
@@ -232,6 +268,13 @@ mod tests {
             ("--control s", "16 MiB"),
             ("--control s --size 16777217", "whole pages"),
             ("--control s --size 9663676416", "8 GiB"),
+            ("--control s --size 16777216 --disk-size 1", "4 MiB"),
+            ("--control s --size 16777216 --disk-size 4198400", "64 KiB"),
+            (
+                "--control s --size 16777216 --disk-size 2147549184",
+                "128 times",
+            ),
+            ("--control s --size 16777216 --disk d", "--disk-size"),
             ("--control s --size 16777216 --threads 0", "0 workers"),
             ("--control s --size 16777216 --rate-factor NaN", "NaN"),
             ("--control s --size 16777216 --rate-factor -1", "-1"),

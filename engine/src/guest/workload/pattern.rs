@@ -32,7 +32,7 @@ impl Rng {
     }
 
     /// A number below `bound`, with a bias below `bound`/2⁶⁴.
-    fn below(&mut self, bound: u64) -> u64 {
+    pub fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
     }
 
@@ -98,7 +98,15 @@ impl Pattern {
             sets: spec
                 .phases
                 .iter()
-                .map(|phase| WorkingSet::new(phase, spec.locality, data_pages))
+                .map(|phase| {
+                    let PhaseSpec {
+                        set_start,
+                        set_share,
+                        zipf,
+                        ..
+                    } = *phase;
+                    WorkingSet::new(set_start, set_share, zipf, spec.locality, data_pages)
+                })
                 .collect(),
         }
     }
@@ -148,7 +156,7 @@ impl Pattern {
 }
 
 /// A range of pages whose popularity follows Zipf's law, scattered in runs of `run` neighbours.
-struct WorkingSet {
+pub struct WorkingSet {
     start: u32,
     pages: u32,
     run: u32,
@@ -159,10 +167,11 @@ struct WorkingSet {
 }
 
 impl WorkingSet {
-    fn new(phase: &PhaseSpec, locality: u32, data_pages: u32) -> Self {
-        let percent = |share: u32| (u64::from(data_pages) * u64::from(share) / 100) as u32;
-        let start = percent(phase.set_start).min(data_pages - 1);
-        let pages = percent(phase.set_share).clamp(1, data_pages - start);
+    /// Of `all` pages (at least one) those from `start` percent on, `share` percent of all.
+    pub fn new(start: u32, share: u32, zipf: f64, locality: u32, all: u32) -> Self {
+        let percent = |share: u32| (u64::from(all) * u64::from(share) / 100) as u32;
+        let start = percent(start).min(all - 1);
+        let pages = percent(share).clamp(1, all - start);
         let run = locality.min(pages);
         let runs = pages / run;
         // Near the golden section, so that runs of close rank lie far apart.
@@ -176,11 +185,12 @@ impl WorkingSet {
             run,
             runs,
             stride,
-            zipf: Zipf::new(pages, phase.zipf),
+            zipf: Zipf::new(pages, zipf),
         }
     }
 
-    fn draw(&self, rng: &mut Rng) -> u32 {
+    /// Draws a page.
+    pub fn draw(&self, rng: &mut Rng) -> u32 {
         self.start + self.place(self.zipf.draw(rng))
     }
 
@@ -362,7 +372,7 @@ mod tests {
                 set_share: 100,
                 ..Profile::Web.spec().phases[0]
             };
-            let set = WorkingSet::new(&phase, run, pages);
+            let set = WorkingSet::new(phase.set_start, phase.set_share, phase.zipf, run, pages);
             let mut seen: Vec<u32> = (0..pages).map(|rank| set.place(rank)).collect();
             seen.sort_unstable();
             assert!(seen.iter().copied().eq(0..pages));

@@ -32,6 +32,15 @@ pub enum GuestProcessError {
         #[source]
         source: io::Error,
     },
+    /// The disk's file could not be made.
+    #[error("cannot make the disk {}", path.display())]
+    Disk {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The control socket cannot be used.
     #[error("cannot listen on {}", path.display())]
     Control {
@@ -96,14 +105,17 @@ fn serve(
         .name("control".into())
         .spawn(move || acceptor.accept(&listener))
         .map_err(|error| GuestProcessError::System("cannot start a thread", error))?;
+    let mut ending = None;
     if options.end_when_abandoned {
-        match ended.recv_timeout(FIRST_CONNECTION) {
-            Ok(ending) => return Ok(ending),
-            Err(_) => guest.end_if_abandoned(),
+        ending = ended.recv_timeout(FIRST_CONNECTION).ok();
+        if ending.is_none() {
+            guest.end_if_abandoned();
         }
     }
     // The senders live in `guest`, so this ends only by a message.
-    Ok(ended.recv().unwrap_or(Ending::Stopped))
+    let ending = ending.unwrap_or_else(|| ended.recv().unwrap_or(Ending::Stopped));
+    guest.remove_disk();
+    Ok(ending)
 }
 
 /// Listens at `path`, where a socket that nobody listens on may lie.

@@ -14,12 +14,13 @@ use hybridmig_pager::handover::GuestMapping;
 use serde::{Deserialize, Serialize};
 
 use super::control::{Description, FORMAT, Purpose, Reply, Request, Standing, from_hex, to_hex};
+use super::disk::{Disk, Served};
 use super::memory::SharedMemory;
 use super::options::GuestOptions;
 use super::process::{Ending, GuestProcessError};
 use super::stats::StatsPage;
 use super::wire::{self, LineReader};
-use super::workers::{Plan, WorkerState, Workers};
+use super::workers::{Plan, States, Workers};
 
 /// Most control connections at a time.
 const MAX_CONNECTIONS: usize = 16;
@@ -27,19 +28,23 @@ const MAX_CONNECTIONS: usize = 16;
 const REPLY_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a verification of a running guest waits for the workers.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(60);
+/// How long operations on the disk may take to end when everything is here.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// What is saved and loaded.
 #[derive(Serialize, Deserialize)]
 struct SavedGuest {
     format: u32,
     bytes: u64,
+    disk_bytes: u64,
     plan: Plan,
-    workers: Vec<WorkerState>,
+    workers: States,
 }
 
 /// A guest, shared by the threads of its control connections.
 pub struct Service {
     memory: Arc<SharedMemory>,
+    disk: Option<Arc<Disk>>,
     stats: Arc<StatsPage>,
     state: Mutex<State>,
     connections: AtomicUsize,
@@ -64,8 +69,9 @@ struct State {
 type Answer = Result<(Reply, Vec<OwnedFd>), String>;
 
 impl Service {
-    /// Makes the memory and, unless the guest is incoming, fills it and lets the workers run.
-    /// Reasons to end go to `end`.
+    /// Makes memory and disk and, unless the guest is incoming, fills them and lets the threads run.
+    /// Reasons to end go to `end`. The disk's file is removed again if this fails, and otherwise by
+    /// [`Self::remove_disk`].
     pub fn create(
         options: &GuestOptions,
         end: SyncSender<Ending>,
@@ -77,16 +83,22 @@ impl Service {
         let len = usize::try_from(options.bytes).expect("checked to be at most 8 GiB");
         let memory = Arc::new(SharedMemory::create(c"hybridmig-guest", len).map_err(failed)?);
         let stats = Arc::new(StatsPage::create().map_err(failed)?);
+        let disk = make_disk(options)?;
         let (standing, workers) = if options.incoming {
             (Standing::Waiting, None)
         } else {
             let (memory, stats) = (Arc::clone(&memory), Arc::clone(&stats));
-            let workers = Workers::fill(memory, stats, options.plan()).map_err(failed)?;
+            let filled = Workers::fill(memory, disk.clone(), stats, options.plan());
+            let workers = filled.map_err(|source| {
+                disk.as_deref().map(remove);
+                GuestProcessError::System("cannot fill the guest's memory and disk", source)
+            })?;
             workers.run();
             (Standing::Running, Some(Arc::new(workers)))
         };
         Ok(Self {
             memory,
+            disk,
             stats,
             state: Mutex::new(State {
                 standing,
@@ -100,6 +112,11 @@ impl Service {
             end_when_abandoned: options.end_when_abandoned,
             end,
         })
+    }
+
+    /// Removes the disk's file: the guest has ended.
+    pub fn remove_disk(&self) {
+        self.disk.as_deref().map(remove);
     }
 
     /// Serves control connections for ever.
@@ -197,12 +214,9 @@ impl Service {
             Request::Describe => Ok((Reply::Description(Box::new(self.describe())), Vec::new())),
             Request::Memory { purpose } => self.hand_over(purpose),
             Request::Keep => done(self.keep(given)),
-            Request::Settled => {
-                let mut state = self.lock();
-                state.paging = None;
-                state.kept = None;
-                done(Ok(()))
-            }
+            Request::Disk => self.show_disk(),
+            Request::Serve { by } => done(self.serve(by)),
+            Request::Settled => done(self.settle()),
             Request::Freeze { patience_ms } => {
                 done(self.freeze(Duration::from_millis(patience_ms.into())))
             }
@@ -213,8 +227,8 @@ impl Service {
             }
             Request::Load { state } => done(from_hex(&state).and_then(|state| self.load(&state))),
             Request::Verify => {
-                let pages = self.verify()?;
-                Ok((Reply::Verified { pages }, Vec::new()))
+                let blocks = self.verify()?;
+                Ok((Reply::Verified { blocks }, Vec::new()))
             }
             Request::Stop => done(Ok(())),
         }
@@ -227,10 +241,13 @@ impl Service {
             format: FORMAT,
             pid: std::process::id(),
             bytes: self.memory.len() as u64,
+            disk_bytes: self.disk_bytes(),
             standing: state.standing,
             paged: state.paging.is_some(),
             plan: workers.map(|workers| *workers.plan()),
+            served: self.disk.as_ref().and_then(|disk| disk.served()),
             stats: self.stats.sample(),
+            latencies: self.stats.latencies(),
             wrong: workers.map_or_else(Vec::new, |workers| workers.damage().examples),
         }
     }
@@ -276,6 +293,44 @@ impl Service {
         Ok((reply, fds))
     }
 
+    fn disk_bytes(&self) -> u64 {
+        self.disk.as_ref().map_or(0, |disk| disk.bytes())
+    }
+
+    fn show_disk(&self) -> Answer {
+        let disk = self.disk.as_ref().ok_or("this guest has no disk")?;
+        let fds = disk
+            .descriptors()
+            .map_err(|error| format!("a descriptor could not be copied: {error}"))?;
+        let reply = Reply::Disk {
+            path: disk.path().to_owned(),
+            bytes: disk.bytes(),
+        };
+        Ok((reply, fds.into()))
+    }
+
+    fn serve(&self, by: Served) -> Result<(), String> {
+        let disk = self.disk.as_ref().ok_or("this guest has no disk")?;
+        if self.lock().standing != Standing::Waiting {
+            return Err(
+                "the guest has a state, and with it all of its disk: nobody serves it".into(),
+            );
+        }
+        disk.serve(by);
+        Ok(())
+    }
+
+    /// Everything is here: nobody else is needed any more.
+    fn settle(&self) -> Result<(), String> {
+        if let Some(disk) = &self.disk {
+            disk.unserve(SETTLE_PATIENCE)?;
+        }
+        let mut state = self.lock();
+        state.paging = None;
+        state.kept = None;
+        Ok(())
+    }
+
     fn keep(&self, given: Vec<OwnedFd>) -> Result<(), String> {
         let [kept] = <[OwnedFd; 1]>::try_from(given)
             .map_err(|given| format!("{} descriptors were given to keep, not one", given.len()))?;
@@ -287,8 +342,9 @@ impl Service {
         let workers = self.begin("freeze")?;
         let result = workers.freeze(patience).map_err(|late| {
             format!(
-                "workers {late:?} wait for missing pages and cannot stop: bring back the pager, \
-                 or wait until it has placed them"
+                "{} wait for missing pages or blocks and cannot stop: bring back the pager, or \
+                 wait until it has placed them",
+                late.join(", ")
             )
         });
         self.finish_with(result.is_ok().then_some(Standing::Frozen));
@@ -311,6 +367,7 @@ impl Service {
         let saved = SavedGuest {
             format: FORMAT,
             bytes: self.memory.len() as u64,
+            disk_bytes: self.disk_bytes(),
             plan: *workers.plan(),
             workers: workers.states(),
         };
@@ -337,6 +394,13 @@ impl Service {
                 "the state is of a guest of {theirs} bytes, this one has {own}"
             ));
         }
+        if saved.disk_bytes != self.disk_bytes() {
+            return Err(format!(
+                "the state is of a guest with a disk of {} bytes, this one has {}",
+                saved.disk_bytes,
+                self.disk_bytes()
+            ));
+        }
         saved.plan.check()?;
         let mut state = self.lock();
         if state.standing != Standing::Waiting {
@@ -346,7 +410,8 @@ impl Service {
             return Err("this guest is ending: nobody had come for it".into());
         }
         let (memory, stats) = (Arc::clone(&self.memory), Arc::clone(&self.stats));
-        let workers = Workers::load(memory, stats, saved.plan, saved.workers)
+        let disk = self.disk.clone();
+        let workers = Workers::load(memory, disk, stats, saved.plan, saved.workers)
             .map_err(|error| format!("the state cannot be loaded: {error}"))?;
         state.workers = Some(Arc::new(workers));
         state.standing = Standing::Frozen;
@@ -362,7 +427,10 @@ impl Service {
             Ok(())
         };
         let result = match frozen {
-            Err(late) => Err(format!("workers {late:?} wait for missing pages")),
+            Err(late) => Err(format!(
+                "{} wait for missing pages or blocks",
+                late.join(", ")
+            )),
             Ok(()) => workers.verify().map_err(|damage| {
                 format!("{} wrong: {}", damage.count, damage.examples.join("; "))
             }),
@@ -399,6 +467,22 @@ impl Service {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn make_disk(options: &GuestOptions) -> Result<Option<Arc<Disk>>, GuestProcessError> {
+    let Some(path) = options.disk_path() else {
+        return Ok(None);
+    };
+    match Disk::create(&path, options.disk_bytes, options.disk.is_none()) {
+        Ok(disk) => Ok(Some(Arc::new(disk))),
+        Err(source) => Err(GuestProcessError::Disk { path, source }),
+    }
+}
+
+fn remove(disk: &Disk) {
+    if let Err(error) = std::fs::remove_file(disk.path()) {
+        tracing::warn!(path = %disk.path().display(), %error, "the guest's disk was not removed");
     }
 }
 

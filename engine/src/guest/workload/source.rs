@@ -2,7 +2,7 @@
 //! [`SourceGuest::release`].
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hybridmig_pager::{
@@ -11,24 +11,29 @@ use hybridmig_pager::{
 use hybridmig_transport::message::{GuestDescription, RegionInfo, RegionKind};
 
 use super::control::{Control, Description, Purpose, Standing};
+use super::disk::{self, DiskLeft};
 use super::facts;
+use super::lock;
 use super::pages::PAGE;
 use super::stats::StatsPage;
 use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::guest::{GuestError, GuestResult, SourceGuest};
 
-/// The one region of a guest.
-const MEMORY: u16 = 0;
+/// The region of the guest's memory.
+const MEMORY: RegionId = RegionId(0);
+/// The region of its disk, where it has one.
+const DISK: RegionId = RegionId(1);
 /// How long the workers may take to stop. They wait for nothing but the processor.
 const FREEZE: Duration = Duration::from_secs(10);
 
 /// An embedded guest on the host that it leaves.
 pub struct WorkloadSource {
     description: GuestDescription,
-    regions: [RegionInfo; 1],
+    regions: Vec<RegionInfo>,
     pid: u32,
     control: Mutex<Control>,
     memory: Arc<RegionMemory>,
+    disk: Option<DiskLeft>,
     stats: StatsPage,
     tracking: Mutex<Tracking>,
 }
@@ -52,9 +57,29 @@ impl WorkloadSource {
         };
         // Its userfaultfd is thrown away; each tracking begins with a new one.
         let handover = client.memory(Purpose::Track)?;
-        let memory = RegionMemory::open(handover.memory, MEMORY, 0, guest.bytes)?;
+        let memory = RegionMemory::open(handover.memory, MEMORY.0, 0, guest.bytes)?;
         let stats = StatsPage::attach(handover.stats)
             .map_err(|error| GuestError::caused("the guest's figures cannot be mapped", error))?;
+        let disk = match guest.disk_bytes {
+            0 => None,
+            _ => Some(DiskLeft::new(client.disk()?)?),
+        };
+        let mut regions = vec![RegionInfo {
+            id: MEMORY,
+            kind: RegionKind::Memory,
+            name: "ram".into(),
+            blocks: memory.blocks(),
+            block_size: PAGE as u32,
+        }];
+        if let Some(disk) = &disk {
+            regions.push(RegionInfo {
+                id: DISK,
+                kind: RegionKind::Disk,
+                name: "disk".into(),
+                blocks: disk.blocks(),
+                block_size: disk::BLOCK as u32,
+            });
+        }
         Ok(Self {
             description: GuestDescription {
                 kind: facts::KIND.into(),
@@ -66,13 +91,8 @@ impl WorkloadSource {
                 ),
                 facts: facts::facts(),
             },
-            regions: [RegionInfo {
-                id: RegionId(MEMORY),
-                kind: RegionKind::Memory,
-                name: "ram".into(),
-                blocks: memory.blocks(),
-                block_size: PAGE as u32,
-            }],
+            regions,
+            disk,
             pid: guest.pid,
             control: Mutex::new(client),
             memory: Arc::new(memory),
@@ -120,8 +140,12 @@ impl SourceGuest for WorkloadSource {
         // The guest does no DMA, so that no page needs a second look.
         let config = TrackerConfig::default();
         let (tracker, present) = Tracker::start(uffd, self.pid, vec![region], config)?;
+        let mut present = named(present);
+        if let Some(disk) = &self.disk {
+            present.union_with(&on_disk(disk.start()?));
+        }
         tracking.tracker = Some(tracker);
-        Ok(named(present))
+        Ok(present)
     }
 
     fn take_dirty(&self) -> GuestResult<Blocks> {
@@ -135,16 +159,26 @@ impl SourceGuest for WorkloadSource {
         } else {
             Settle::Running
         };
-        Ok(named(tracker.take_dirty(settle)?))
+        let mut dirty = named(tracker.take_dirty(settle)?);
+        if let Some(disk) = &self.disk {
+            dirty.union_with(&on_disk(disk.take_dirty()));
+        }
+        Ok(dirty)
+    }
+
+    fn accessed(&self) -> Blocks {
+        match &self.disk {
+            Some(disk) if !lock(&self.tracking).frozen => on_disk(disk.accessed()),
+            _ => Blocks::new(),
+        }
     }
 
     fn read(&self, region: RegionId, block: u32, buf: &mut [u8]) -> GuestResult<()> {
-        if region.0 != MEMORY {
-            return Err(GuestError::new(format!(
-                "an embedded guest has no {region}"
-            )));
+        match &self.disk {
+            _ if region == MEMORY => Ok(self.memory.read(block, buf)?),
+            Some(disk) if region == DISK => disk.read(block, buf),
+            _ => Err(GuestError::new(format!("the guest has no {region}"))),
         }
-        Ok(self.memory.read(block, buf)?)
     }
 
     fn freeze(&self) -> GuestResult<()> {
@@ -187,7 +221,6 @@ fn named(sets: Vec<(u16, BlockSet)>) -> Blocks {
         .collect()
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every holder leaves a whole value behind at every point.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+fn on_disk(set: BlockSet) -> Blocks {
+    std::iter::once((DISK, set)).collect()
 }

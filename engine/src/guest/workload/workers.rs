@@ -1,6 +1,6 @@
-//! The guest's worker threads: they make accesses at the profile's rate, stop at the boundary
-//! between two accesses when the guest is frozen, and keep all that they need beside guest memory
-//! in a [`WorkerState`]. This file must never let a worker stop in the middle of an access, nor
+//! The guest's threads: workers that access memory and those that use the disk. They make accesses at
+//! the profile's rate, stop at the boundary between two accesses when the guest is frozen, and keep
+//! all that they need beside memory and disk in a [`WorkerState`] or [`DiskWorkerState`]. This file must never let a worker stop in the middle of an access, nor
 //! wait for one that waits for a page without a deadline.
 
 use std::io;
@@ -10,6 +10,10 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::disk::{
+    BLOCK, Disk, DiskContents, DiskHand, DiskIo, DiskPattern, DiskPatternState, DiskSpec,
+    DiskWorkerState, Share, Trouble, table_pages,
+};
 use super::memory::SharedMemory;
 use super::pages::{Contents, PAGE, Page};
 use super::partition::{Damage, Partition};
@@ -43,6 +47,15 @@ pub struct Plan {
     pub max_accesses: Option<u64>,
 }
 
+/// What the threads know beside memory and disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct States {
+    /// By worker.
+    memory: Vec<WorkerState>,
+    /// By disk thread.
+    disk: Vec<DiskWorkerState>,
+}
+
 /// What a worker knows beside guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerState {
@@ -60,10 +73,13 @@ pub struct Workers {
 
 struct Shared {
     memory: Arc<SharedMemory>,
+    disk: Option<Arc<Disk>>,
     stats: Arc<StatsPage>,
     contents: Contents,
+    disk_contents: DiskContents,
     plan: Plan,
     slots: Vec<Slot>,
+    disk_slots: Vec<DiskSlot>,
     gate: Mutex<Gate>,
     /// The gate's command, to be looked at between two accesses.
     command: AtomicU8,
@@ -81,8 +97,26 @@ struct Slot {
     state: Mutex<WorkerState>,
 }
 
+struct DiskSlot {
+    share: Share,
+    pattern: DiskPattern,
+    /// As in a [`Slot`].
+    state: Mutex<DiskWorkerState>,
+}
+
 struct Gate {
+    /// By thread: the workers, then those of the disk.
     parked: Vec<bool>,
+}
+
+/// What a thread does between two looks at the command.
+trait Hand {
+    /// Accesses made so far.
+    fn accesses(&self) -> u64;
+    /// Accesses per second at factor 1.
+    fn rate(&self) -> f64;
+    /// Makes an access and publishes the counters.
+    fn access(&mut self);
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,22 +128,41 @@ enum Command {
 }
 
 impl Workers {
-    /// Fills the memory, which must be all zero, and makes the workers of a new guest, frozen.
-    pub fn fill(memory: Arc<SharedMemory>, stats: Arc<StatsPage>, plan: Plan) -> io::Result<Self> {
+    /// Fills the memory, which must be all zero, and the disk, which must be all holes, and makes the
+    /// threads of a new guest, frozen.
+    pub fn fill(
+        memory: Arc<SharedMemory>,
+        disk: Option<Arc<Disk>>,
+        stats: Arc<StatsPage>,
+        plan: Plan,
+    ) -> io::Result<Self> {
         let contents = Contents::new(plan.profile, plan.contents, plan.seed);
-        let digests = std::thread::scope(|scope| {
-            let fillers: Vec<_> = partitions(plan.threads, memory.pages())
+        let disk_contents = DiskContents::new(plan.profile, plan.seed);
+        let panicked = |_| io::Error::other("a thread panicked while it filled memory or disk");
+        let (digests, disk_states) = std::thread::scope(|scope| {
+            let fillers: Vec<_> = partitions(plan.threads, worker_pages(&memory, disk.as_deref()))
                 .map(|partition| {
                     let memory = &memory;
                     scope.spawn(move || partition.fill(memory, &contents))
                 })
                 .collect();
-            fillers
+            let disk_fillers: Vec<_> = disk
+                .iter()
+                .flat_map(|disk| shares(&plan, disk, &memory).map(move |share| (disk, share)))
+                .map(|(disk, (worker, share))| {
+                    let memory = &memory;
+                    let pattern = DiskPatternState::new(plan.seed, worker);
+                    scope.spawn(move || share.fill(memory, disk, &disk_contents, pattern))
+                })
+                .collect();
+            let digests: Result<Vec<u64>, _> =
+                fillers.into_iter().map(|filler| filler.join()).collect();
+            let states: io::Result<Vec<_>> = disk_fillers
                 .into_iter()
-                .map(|filler| filler.join())
-                .collect::<Result<Vec<u64>, _>>()
-        })
-        .map_err(|_| io::Error::other("a thread panicked while it filled the memory"))?;
+                .map(|filler| filler.join().unwrap_or_else(|panic| Err(panicked(panic))))
+                .collect();
+            Ok::<_, io::Error>((digests.map_err(panicked)?, states?))
+        })?;
         let states = (0..)
             .zip(digests)
             .map(|(worker, digest)| WorkerState {
@@ -118,24 +171,34 @@ impl Workers {
                 digest,
             })
             .collect();
-        Self::load(memory, stats, plan, states)
+        let states = States {
+            memory: states,
+            disk: disk_states,
+        };
+        Self::load(memory, disk, stats, plan, states)
     }
 
-    /// Makes the workers of a guest that was saved, frozen. Touches no guest memory.
+    /// Makes the threads of a guest that was saved, frozen. Touches neither memory nor disk.
     pub fn load(
         memory: Arc<SharedMemory>,
+        disk: Option<Arc<Disk>>,
         stats: Arc<StatsPage>,
         plan: Plan,
-        states: Vec<WorkerState>,
+        states: States,
     ) -> io::Result<Self> {
-        if states.len() != plan.threads as usize {
-            return Err(io::Error::other("the state has not one entry per worker"));
+        let disk_threads = disk.as_ref().map_or(0, |_| disk_threads(&plan));
+        if states.memory.len() != plan.threads as usize
+            || states.disk.len() != disk_threads as usize
+        {
+            return Err(io::Error::other("the state has not one entry per thread"));
         }
-        let mut slots = Vec::with_capacity(states.len());
-        for (partition, state) in partitions(plan.threads, memory.pages()).zip(states) {
+        let larger = || io::Error::other("the state is of a larger guest");
+        let mut slots = Vec::with_capacity(states.memory.len());
+        let pages = worker_pages(&memory, disk.as_deref());
+        for (partition, state) in partitions(plan.threads, pages).zip(states.memory) {
             let pattern = Pattern::new(plan.profile, plan.threads, partition.data_pages());
             if !pattern.accepts(&state.pattern) {
-                return Err(io::Error::other("the state is of a larger guest"));
+                return Err(larger());
             }
             slots.push(Slot {
                 partition,
@@ -143,16 +206,32 @@ impl Workers {
                 state: Mutex::new(state),
             });
         }
-        stats.set_threads(plan.threads);
+        let mut disk_slots = Vec::with_capacity(states.disk.len());
+        let shares = disk.iter().flat_map(|disk| shares(&plan, disk, &memory));
+        for ((_, share), state) in shares.zip(states.disk) {
+            let pattern = share.pattern(plan.profile);
+            if !pattern.accepts(&state.pattern) {
+                return Err(larger());
+            }
+            disk_slots.push(DiskSlot {
+                share,
+                pattern,
+                state: Mutex::new(state),
+            });
+        }
+        stats.set_threads(plan.threads, disk_threads);
         let shared = Arc::new(Shared {
             memory,
+            disk,
             stats,
             contents: Contents::new(plan.profile, plan.contents, plan.seed),
+            disk_contents: DiskContents::new(plan.profile, plan.seed),
             plan,
-            slots,
             gate: Mutex::new(Gate {
-                parked: vec![false; plan.threads as usize],
+                parked: vec![false; slots.len() + disk_slots.len()],
             }),
+            slots,
+            disk_slots,
             command: AtomicU8::new(Command::Freeze as u8),
             commanded: Condvar::new(),
             parked: Condvar::new(),
@@ -161,12 +240,21 @@ impl Workers {
         for (worker, slot) in (0..).zip(&shared.slots) {
             shared.publish(worker, &lock(&slot.state));
         }
+        for (worker, slot) in (0..).zip(&shared.disk_slots) {
+            shared.publish_disk(worker, &lock(&slot.state));
+        }
         let workers = Self { shared };
         for worker in 0..plan.threads {
             let shared = Arc::clone(&workers.shared);
             std::thread::Builder::new()
                 .name(format!("worker {worker}"))
                 .spawn(move || shared.work(worker))?;
+        }
+        for worker in 0..disk_threads {
+            let shared = Arc::clone(&workers.shared);
+            std::thread::Builder::new()
+                .name(format!("disk {worker}"))
+                .spawn(move || shared.work_on_disk(worker))?;
         }
         Ok(workers)
     }
@@ -181,9 +269,10 @@ impl Workers {
         self.shared.order(Command::Run);
     }
 
-    /// Stops all workers between two accesses. If one does not stop in time, because it waits for a
-    /// page, all go on; the names of those that did not stop are the error.
-    pub fn freeze(&self, patience: Duration) -> Result<(), Vec<u32>> {
+    /// Stops all threads between two accesses, so that no operation on the disk is under way. If one
+    /// does not stop in time, because it waits for a page or a block, all go on; the names of those
+    /// that did not stop are the error.
+    pub fn freeze(&self, patience: Duration) -> Result<(), Vec<String>> {
         let deadline = Instant::now() + patience;
         self.shared.order(Command::Freeze);
         let mut gate = lock(&self.shared.gate);
@@ -193,7 +282,7 @@ impl Workers {
                 let late = (0..)
                     .zip(&gate.parked)
                     .filter(|(_, parked)| !**parked)
-                    .map(|(worker, _)| worker)
+                    .map(|(thread, _)| self.shared.name(thread))
                     .collect();
                 drop(gate);
                 self.shared.order(Command::Run);
@@ -204,17 +293,19 @@ impl Workers {
         Ok(())
     }
 
-    /// The workers' states. They must be frozen.
-    pub fn states(&self) -> Vec<WorkerState> {
-        self.shared
-            .slots
-            .iter()
-            .map(|slot| *lock(&slot.state))
-            .collect()
+    /// The threads' states. They must be frozen.
+    pub fn states(&self) -> States {
+        let Shared {
+            slots, disk_slots, ..
+        } = &*self.shared;
+        States {
+            memory: slots.iter().map(|slot| *lock(&slot.state)).collect(),
+            disk: disk_slots.iter().map(|slot| *lock(&slot.state)).collect(),
+        }
     }
 
-    /// Verifies all of guest memory while the workers are frozen: number of pages, or the damage.
-    /// Waits for pages that are missing.
+    /// Verifies all of guest memory and of the disk while the threads are frozen: number of pages and
+    /// sectors, or the damage. Waits for what is missing.
     pub fn verify(&self) -> Result<u64, Damage> {
         let shared = &self.shared;
         let mut damage = std::thread::scope(|scope| {
@@ -231,11 +322,25 @@ impl Workers {
                     })
                 })
                 .collect();
+            let disk_verifiers = shared.disk.iter().flat_map(|disk| {
+                shared.disk_slots.iter().map(move |slot| {
+                    let state = *lock(&slot.state);
+                    scope.spawn(move || {
+                        let Shared {
+                            memory,
+                            disk_contents,
+                            ..
+                        } = &**shared;
+                        slot.share.verify(memory, disk, disk_contents, &state)
+                    })
+                })
+            });
+            let verifiers: Vec<_> = verifiers.into_iter().chain(disk_verifiers).collect();
             let mut damage = Damage::default();
             for verifier in verifiers {
                 match verifier.join() {
                     Ok(found) => damage.merge(found),
-                    Err(_) => damage.add("a thread panicked while it verified the memory"),
+                    Err(_) => damage.add("a thread panicked while it verified memory or disk"),
                 }
             }
             damage
@@ -244,13 +349,14 @@ impl Workers {
         // What the workers came across counts too, even where it has been overwritten since.
         damage.merge(self.damage());
         if damage.count == 0 {
-            Ok(u64::from(shared.memory.pages()))
+            let sectors = shared.disk.as_ref().map_or(0, |disk| disk.sectors());
+            Ok(u64::from(shared.memory.pages()) + u64::from(sectors))
         } else {
             Err(damage)
         }
     }
 
-    /// What the workers have found to be wrong so far.
+    /// What the threads have found to be wrong so far, operations on the disk that failed included.
     pub fn damage(&self) -> Damage {
         lock(&self.shared.damage).clone()
     }
@@ -276,18 +382,64 @@ impl Shared {
         self.command.load(Ordering::Relaxed) == command as u8
     }
 
+    /// What a thread is called: the workers count first.
+    fn name(&self, thread: u32) -> String {
+        match thread.checked_sub(self.plan.threads) {
+            None => format!("worker {thread}"),
+            Some(disk) => format!("disk {disk}"),
+        }
+    }
+
     fn work(&self, worker: u32) {
-        let id = rustix::thread::gettid().as_raw_nonzero().get();
-        self.stats.set_thread_id(worker, id.unsigned_abs());
+        self.stats.set_thread_id(worker, thread_id());
         let slot = &self.slots[worker as usize];
         let mut buffer = [0; PAGE];
-        while self.park(worker) {
+        self.work_with(worker, |due| {
+            let mut hand = MemoryHand {
+                shared: self,
+                worker,
+                slot,
+                state: lock(&slot.state),
+                buffer: &mut buffer,
+            };
+            self.burst(&mut hand, due)
+        });
+    }
+
+    fn work_on_disk(&self, worker: u32) {
+        self.stats.set_disk_thread_id(worker, thread_id());
+        let slot = &self.disk_slots[worker as usize];
+        let Some(disk) = &self.disk else {
+            unreachable!("a disk thread without a disk");
+        };
+        let mut hand = DiskHand {
+            share: &slot.share,
+            pattern: &slot.pattern,
+            memory: &self.memory,
+            contents: &self.disk_contents,
+            stats: &self.stats,
+            io: DiskIo::new(Arc::clone(disk)),
+            buffer: vec![0; BLOCK],
+            unflushed: 0,
+        };
+        self.work_with(self.plan.threads + worker, |due| {
+            let mut hand = DiskThread {
+                shared: self,
+                worker,
+                state: lock(&slot.state),
+                hand: &mut hand,
+            };
+            self.burst(&mut hand, due)
+        });
+    }
+
+    /// Runs the thread with this number until it is to end. `burst` makes what accesses are due; true
+    /// if it has none left to make at all.
+    fn work_with(&self, thread: u32, mut burst: impl FnMut(&mut Instant) -> bool) {
+        while self.park(thread) {
             let mut due = Instant::now();
             while self.ordered(Command::Run) {
-                let mut state = lock(&slot.state);
-                let rested = self.burst(worker, slot, &mut state, &mut due, &mut buffer);
-                drop(state);
-                if rested {
+                if burst(&mut due) {
                     self.sleep(None);
                 } else if self.plan.rate_factor > 0.0 {
                     self.sleep(Some(due.max(Instant::now() + TICK)));
@@ -297,17 +449,17 @@ impl Shared {
     }
 
     /// Waits while the guest is frozen; false if the thread is to end.
-    fn park(&self, worker: u32) -> bool {
+    fn park(&self, thread: u32) -> bool {
         let mut gate = lock(&self.gate);
         while self.ordered(Command::Freeze) {
-            gate.parked[worker as usize] = true;
+            gate.parked[thread as usize] = true;
             self.parked.notify_all();
             gate = self
                 .commanded
                 .wait(gate)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        gate.parked[worker as usize] = false;
+        gate.parked[thread as usize] = false;
         !self.ordered(Command::End)
     }
 
@@ -328,22 +480,15 @@ impl Shared {
         }
     }
 
-    /// Makes the accesses that are due; true if the worker has none left to make at all.
-    fn burst(
-        &self,
-        worker: u32,
-        slot: &Slot,
-        state: &mut WorkerState,
-        due: &mut Instant,
-        buffer: &mut Page,
-    ) -> bool {
+    /// Makes the accesses that are due; true if there are none left to make at all.
+    fn burst(&self, hand: &mut dyn Hand, due: &mut Instant) -> bool {
         let mut now = Instant::now();
         let mut left = BURST;
         while self.ordered(Command::Run) {
             if self
                 .plan
                 .max_accesses
-                .is_some_and(|max| state.pattern.accesses() >= max)
+                .is_some_and(|max| hand.accesses() >= max)
             {
                 return true;
             }
@@ -352,9 +497,8 @@ impl Shared {
                 break;
             }
             left = left.saturating_sub(1);
-            let rate = slot.pattern.rate(&state.pattern) * self.plan.rate_factor;
-            self.access(worker, slot, state, buffer);
-            self.publish(worker, state);
+            let rate = hand.rate() * self.plan.rate_factor;
+            hand.access();
             if throttled {
                 let started = now;
                 now = Instant::now();
@@ -371,33 +515,132 @@ impl Shared {
         false
     }
 
-    fn access(&self, worker: u32, slot: &Slot, state: &mut WorkerState, buffer: &mut Page) {
+    fn publish(&self, worker: u32, state: &WorkerState) {
+        self.stats
+            .publish(worker, state.pattern.accesses(), state.writes);
+    }
+
+    fn publish_disk(&self, worker: u32, state: &DiskWorkerState) {
+        let operations = state.pattern.operations();
+        self.stats
+            .publish_disk(worker, operations, state.sectors, state.writes);
+    }
+
+    fn found_wrong(&self, worker: u32, wrong: impl ToString) {
+        let wrong = wrong.to_string();
+        self.stats.count_wrong(worker);
+        tracing::error!("wrong contents in the guest: {wrong}");
+        lock(&self.damage).add(wrong);
+    }
+}
+
+struct MemoryHand<'a> {
+    shared: &'a Shared,
+    worker: u32,
+    slot: &'a Slot,
+    state: MutexGuard<'a, WorkerState>,
+    buffer: &'a mut Page,
+}
+
+impl Hand for MemoryHand<'_> {
+    fn accesses(&self) -> u64 {
+        self.state.pattern.accesses()
+    }
+
+    fn rate(&self) -> f64 {
+        self.slot.pattern.rate(&self.state.pattern)
+    }
+
+    fn access(&mut self) {
+        let Self {
+            slot,
+            state,
+            buffer,
+            ..
+        } = self;
         let access = slot.pattern.next(&mut state.pattern);
         let Shared {
             memory, contents, ..
-        } = self;
-        match slot.partition.read(memory, contents, access.index, buffer) {
+        } = self.shared;
+        let partition = &slot.partition;
+        match partition.read(memory, contents, access.index, buffer) {
             Ok(generation) if access.write => {
-                let change =
-                    slot.partition
-                        .write(memory, contents, access.index, generation, buffer);
+                let change = partition.write(memory, contents, access.index, generation, buffer);
                 state.digest = state.digest.wrapping_add(change);
                 state.writes = state.writes.wrapping_add(1);
             }
             Ok(_) => {}
             // A wrong page is never written: it stays to be seen.
-            Err(wrong) => {
-                self.stats.count_wrong(worker);
-                tracing::error!("wrong contents in the guest: {wrong}");
-                lock(&self.damage).add(wrong);
-            }
+            Err(wrong) => self.shared.found_wrong(self.worker, wrong),
         }
+        self.shared.publish(self.worker, &self.state);
+    }
+}
+
+struct DiskThread<'a, 'b> {
+    shared: &'a Shared,
+    worker: u32,
+    state: MutexGuard<'a, DiskWorkerState>,
+    hand: &'b mut DiskHand<'a>,
+}
+
+impl Hand for DiskThread<'_, '_> {
+    fn accesses(&self) -> u64 {
+        self.state.pattern.operations()
     }
 
-    fn publish(&self, worker: u32, state: &WorkerState) {
-        self.stats
-            .publish(worker, state.pattern.accesses(), state.writes);
+    fn rate(&self) -> f64 {
+        let threads = self.shared.disk_slots.len() as f64;
+        f64::from(DiskSpec::of(self.shared.plan.profile).rate()) / threads
     }
+
+    fn access(&mut self) {
+        let Self {
+            shared,
+            worker,
+            state,
+            hand,
+        } = self;
+        let flush_every = DiskSpec::of(shared.plan.profile).flush_every;
+        let ending = || shared.ordered(Command::End);
+        hand.operate(state, flush_every, &ending, |trouble| match trouble {
+            Trouble::Wrong(wrong) => shared.found_wrong(*worker, wrong),
+            Trouble::Failed(failure) => {
+                shared.stats.count_disk_error();
+                tracing::error!("{failure}");
+                lock(&shared.damage).add(failure);
+            }
+        });
+        self.shared.publish_disk(self.worker, &self.state);
+    }
+}
+
+fn thread_id() -> u32 {
+    let id = rustix::thread::gettid().as_raw_nonzero().get();
+    id.unsigned_abs()
+}
+
+/// Pages of memory that the workers own; the rest hold what belongs to the disk.
+fn worker_pages(memory: &SharedMemory, disk: Option<&Disk>) -> u32 {
+    memory.pages() - disk.map_or(0, |disk| table_pages(disk.sectors()))
+}
+
+/// Number of threads that use the disk, where there is one: no more than there are workers.
+fn disk_threads(plan: &Plan) -> u32 {
+    DiskSpec::of(plan.profile).threads.min(plan.threads)
+}
+
+/// The shares of the disk, by thread.
+fn shares(
+    plan: &Plan,
+    disk: &Disk,
+    memory: &SharedMemory,
+) -> impl Iterator<Item = (u32, Share)> + use<> {
+    let threads = disk_threads(plan);
+    let shares: Vec<_> = (0..threads)
+        .map(|worker| (worker, Share::of(worker, threads, disk, memory)))
+        .collect();
+    shares.into_iter()
 }
 
 fn partitions(threads: u32, pages: u32) -> impl Iterator<Item = Partition> {

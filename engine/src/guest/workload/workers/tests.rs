@@ -21,7 +21,7 @@ fn memory() -> Arc<SharedMemory> {
 
 fn new_guest(plan: Plan) -> (Arc<SharedMemory>, Arc<StatsPage>, Workers) {
     let (memory, stats) = (memory(), Arc::new(StatsPage::create().unwrap()));
-    let workers = Workers::fill(Arc::clone(&memory), Arc::clone(&stats), plan).unwrap();
+    let workers = Workers::fill(Arc::clone(&memory), None, Arc::clone(&stats), plan).unwrap();
     (memory, stats, workers)
 }
 
@@ -71,7 +71,8 @@ fn a_guest_that_was_moved_equals_one_that_was_not() {
             came.write(number as usize * PAGE, &page);
         }
         let states = postcard::from_bytes(&saved).unwrap();
-        let moved = Workers::load(Arc::clone(&came), Arc::clone(&stats), plan, states).unwrap();
+        let moved =
+            Workers::load(Arc::clone(&came), None, Arc::clone(&stats), plan, states).unwrap();
         assert_eq!(stats.sample(), done);
         assert_eq!(moved.verify(), Ok(PAGES as u64));
         moved.run();
@@ -83,6 +84,89 @@ fn a_guest_that_was_moved_equals_one_that_was_not() {
         // The one that left has not gone on.
         assert_eq!(workers.verify(), Ok(PAGES as u64));
         assert!(!same_contents(&left, &came));
+    }
+}
+
+/// The same of the disk: its threads go on where they were, on a copy of memory and disk.
+#[test]
+fn a_disk_that_was_moved_equals_one_that_was_not() {
+    const ACCESSES: u64 = 600;
+    let directory = tempfile::tempdir().unwrap();
+    let disk = |name: &str| {
+        let path = directory.path().join(name);
+        Arc::new(Disk::create(&path, 16 << 20, false).unwrap())
+    };
+    let contents = |disk: &Disk| std::fs::read(disk.path()).unwrap();
+    for profile in [Profile::Db, Profile::Build] {
+        let plan = plan(profile, ACCESSES);
+        let new_guest = |disk: &Arc<Disk>| {
+            let (memory, stats) = (memory(), Arc::new(StatsPage::create().unwrap()));
+            let disk = Some(Arc::clone(disk));
+            let workers = Workers::fill(Arc::clone(&memory), disk, Arc::clone(&stats), plan);
+            (memory, stats, workers.unwrap())
+        };
+        let end = 3 * ACCESSES;
+        let verified = Ok(PAGES as u64 + (16 << 20) / 4096);
+        let stayed = disk("stayed");
+        let (stayed_memory, stats, workers) = new_guest(&stayed);
+        workers.run();
+        wait_for(|| stats.sample().disk_operations == end);
+        wait_for(|| {
+            workers
+                .states()
+                .memory
+                .iter()
+                .all(|state| state.pattern.accesses() == ACCESSES)
+        });
+        freeze(&workers);
+        let expected = workers.states();
+        assert_eq!(workers.verify(), verified);
+
+        let left = disk("left");
+        let (left_memory, stats, workers) = new_guest(&left);
+        workers.run();
+        wait_for(|| stats.sample().disk_operations > end / 10);
+        freeze(&workers);
+        let saved = postcard::to_stdvec(&workers.states()).unwrap();
+        let (came, came_memory) = (disk("came"), memory());
+        std::fs::copy(left.path(), came.path()).unwrap();
+        let mut page = [0; PAGE];
+        for number in 0..left_memory.pages() {
+            left_memory.read_page(number, &mut page);
+            came_memory.write(number as usize * PAGE, &page);
+        }
+        let stats = Arc::new(StatsPage::create().unwrap());
+        let moved = Workers::load(
+            Arc::clone(&came_memory),
+            Some(Arc::clone(&came)),
+            Arc::clone(&stats),
+            plan,
+            postcard::from_bytes(&saved).unwrap(),
+        )
+        .unwrap();
+        assert_eq!(moved.verify(), verified);
+        moved.run();
+        wait_for(|| stats.sample().disk_operations == end);
+        wait_for(|| {
+            moved
+                .states()
+                .memory
+                .iter()
+                .all(|state| state.pattern.accesses() == ACCESSES)
+        });
+        freeze(&moved);
+        assert_eq!(moved.states(), expected);
+        assert_eq!(moved.verify(), verified);
+        assert!(contents(&stayed) == contents(&came));
+        assert!(contents(&left) != contents(&came));
+        assert!(same_contents(&stayed_memory, &came_memory));
+        // A disk that is older than its memory is found.
+        std::fs::copy(left.path(), came.path()).unwrap();
+        let damage = moved.verify().unwrap_err();
+        assert!(damage.examples[0].contains("disk sector"), "{damage:?}");
+        for disk in [stayed, left, came] {
+            std::fs::remove_file(disk.path()).unwrap();
+        }
     }
 }
 
@@ -162,8 +246,12 @@ fn a_state_for_another_guest_is_refused() {
     let (memory, stats, workers) = new_guest(plan);
     let states = workers.states();
     let load = |memory: &Arc<SharedMemory>, states| {
-        Workers::load(Arc::clone(memory), Arc::clone(&stats), plan, states).is_ok()
+        Workers::load(Arc::clone(memory), None, Arc::clone(&stats), plan, states).is_ok()
     };
     assert!(load(&memory, states.clone()));
-    assert!(!load(&memory, states[1..].to_vec()));
+    let fewer = States {
+        memory: states.memory[1..].to_vec(),
+        ..states
+    };
+    assert!(!load(&memory, fewer));
 }
