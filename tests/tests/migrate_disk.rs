@@ -310,7 +310,7 @@ fn the_way_back_costs_the_changes_only() -> Result<()> {
     let there = there.kinds.context("memory and storage apart")?;
     ensure!(there.storage.bytes() >= DATA_HELD, "{there:?}");
     // One in a hundred of the blocks that have content.
-    for index in 0..DATA_HELD / 65_536 / 100 + 1 {
+    for index in 0..=DATA_HELD / 65_536 / 100 {
         let at = index * 4 * (DATA / (DATA_HELD / MIB)) + 128 * 1024;
         let write = format!("qemu-io data \"write -P {} {at} 64k\"", index + 1);
         scene
