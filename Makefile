@@ -60,7 +60,7 @@ bench-full: setup bench-build ## the same over a grid of 252 cells, three times:
 		--made-by 'make bench-full' --out docs/bench/migrations-full
 
 .PHONY: bench-storage
-bench-storage: setup bench-build ## move a guest with a disk of 2 GiB, beside a mirror over NBD, as root: 35 minutes
+bench-storage: setup bench-build ## move a guest with a disk of 2 GiB, beside a mirror over NBD, as root: 45 minutes
 	$(TARGET_DIR)/release/bench run storage --fresh
 	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/storage.jsonl \
 		--made-by 'make bench-storage' --out docs/bench/storage

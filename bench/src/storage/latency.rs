@@ -183,6 +183,8 @@ impl Ticks {
 pub fn phases(lines: &[Ticks], moments: &Moments) -> Vec<PhaseLatency> {
     let phase_of = |line: &Ticks| match line.side {
         Side::Source if line.at <= 0.0 => Phase::Before,
+        // Given up, the guest stays.
+        Side::Source if line.at > moments.end => Phase::After,
         Side::Source => Phase::PreCopy,
         Side::Destination if line.at <= moments.end => Phase::PostCopy,
         Side::Destination => Phase::After,
@@ -280,5 +282,24 @@ mod tests {
         assert!((post.max_ms - 300.0).abs() < 19.0, "{post:?}");
         assert_eq!(phases[2].writes, Latency::default());
         assert!((phases[0].writes.p50_ms - 0.5).abs() < 0.04);
+    }
+
+    #[test]
+    fn a_guest_that_stays_has_a_time_after_the_end_as_well() {
+        let lines = [
+            tick(1.0, Side::Source, &[1000], &[]),
+            tick(6.0, Side::Source, &[1000, 1000], &[]),
+        ];
+        let moments = Moments {
+            from: -2.0,
+            freeze: None,
+            up: None,
+            end: 5.0,
+            until: 8.0,
+        };
+        let phases = phases(&lines, &moments);
+        let counts: Vec<_> = phases.iter().map(|phase| phase.reads.count).collect();
+        assert_eq!(counts, [0, 1, 0, 2]);
+        assert!(phases[2].seconds.abs() < 1e-9 && (phases[3].seconds - 3.0).abs() < 1e-9);
     }
 }
