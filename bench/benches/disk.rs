@@ -13,9 +13,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hybridmig_bench::micro::{noise, thread_time};
+use hybridmig_bench::micro::{Nobody, noise, thread_time};
 use hybridmig_pager::disk::{DiskImage, DiskOptions};
-use hybridmig_pager::{FaultAnswer, FaultSink, PagerError};
 
 const MIB: u64 = 1 << 20;
 const BYTES: u64 = 512 * MIB;
@@ -303,20 +302,6 @@ fn faults(directory: &Path, rounds: usize) -> String {
          {low:.0} / {middle:.0} / {high:.0} µs; of a block that is here: \
          {here_low:.0} / {here_middle:.0} / {here_high:.0} µs\n"
     )
-}
-
-struct Nobody;
-
-impl FaultSink for Nobody {
-    fn fault(&self, _region: u16, _block: u32) -> FaultAnswer {
-        FaultAnswer::Requested
-    }
-
-    fn removed(&self, _region: u16, _first: u32, _count: u32) {}
-
-    fn failed(&self, error: PagerError) {
-        panic!("{error}");
-    }
 }
 
 /// GB/s of core time, by blocks and by runs of 16.

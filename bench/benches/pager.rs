@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use common::{Guest, PAGE};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use hybridmig_bench::micro::{group, thread_time};
+use hybridmig_bench::micro::{Nobody, group, thread_time};
 use hybridmig_pager::uffd::{Event, RawEvent, RegisterMode, Uffd};
 use hybridmig_pager::{
     FaultAnswer, FaultSink, Features, MissingMap, PagerError, Placer, PlacerConfig, Settle,
@@ -73,20 +73,6 @@ fn tracking(criterion: &mut Criterion) {
         );
     });
     group.finish();
-}
-
-struct Nobody;
-
-impl FaultSink for Nobody {
-    fn fault(&self, _region: u16, _block: u32) -> FaultAnswer {
-        FaultAnswer::Requested
-    }
-
-    fn removed(&self, _region: u16, _first: u32, _count: u32) {}
-
-    fn failed(&self, error: PagerError) {
-        panic!("{error}");
-    }
 }
 
 /// Everything is missing.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, SamplingMode};
+use hybridmig_pager::{FaultAnswer, FaultSink, PagerError};
 use hybridmig_transport::Lane;
 use hybridmig_transport::codec::{BatchHeader, BatchTarget, BlockEncoder};
 use hybridmig_transport::message::{RegionId, RegionInfo, RegionKind};
@@ -143,5 +144,20 @@ impl BatchTarget for Memory {
 
     fn reject(&mut self, _: RegionId, block: u32) {
         panic!("block {block} was rejected");
+    }
+}
+
+/// Takes faults and does nothing about them.
+pub struct Nobody;
+
+impl FaultSink for Nobody {
+    fn fault(&self, _region: u16, _block: u32) -> FaultAnswer {
+        FaultAnswer::Requested
+    }
+
+    fn removed(&self, _region: u16, _first: u32, _count: u32) {}
+
+    fn failed(&self, error: PagerError) {
+        panic!("{error}");
     }
 }

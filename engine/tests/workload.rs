@@ -4,14 +4,13 @@
 
 mod embedded;
 
-use std::ffi::OsString;
 use std::fs::Permissions;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use hybridmig_engine::blocks::Blocks;
@@ -24,8 +23,8 @@ use hybridmig_pager::PlacerConfig;
 use hybridmig_transport::message::{Offer, RefusalCode};
 
 use embedded::{
-    BYTES, FIXTURE_VARIABLE, Guest, PAGES, REGION, copy, faults, fixture, no_note, offer, push,
-    start_at, work_goes_on,
+    BYTES, FIXTURE_VARIABLE, Guest, PAGES, REGION, copy, faults, fixture, half_page, no_note,
+    offer, push, start_at, work_goes_on,
 };
 
 fn move_a_running_guest(change: impl FnOnce(&mut GuestOptions)) {
@@ -276,18 +275,7 @@ fn a_killed_pager_loses_nothing() {
     work_goes_on(|| source.work_done());
     source.freeze().unwrap();
 
-    let mut pager = Command::new(fixture())
-        .args([OsString::from("half-pager")])
-        .args([&guest.control, &arrived.control])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = String::new();
-    let output = pager.stdout.take().unwrap();
-    BufReader::new(output).read_line(&mut said).unwrap();
-    pager.kill().unwrap(); // SIGKILL
-    pager.wait().unwrap();
-    assert!(said.starts_with("stalled"), "{said:?}");
+    half_page(&guest, &arrived);
 
     let description = arrived.control().describe().unwrap();
     assert_eq!(description.standing, Standing::Running);

@@ -3,12 +3,10 @@
 
 mod embedded;
 
-use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -21,8 +19,8 @@ use hybridmig_engine::guest::{DestinationGuest, SourceGuest};
 use hybridmig_pager::PlacerConfig;
 
 use embedded::{
-    Guest, PAGES, REGION, copy, faults, fixture, no_note, offer, place, push, read, start_at,
-    work_goes_on,
+    Guest, PAGES, REGION, copy, faults, fixture, half_page, no_note, offer, place, push, read,
+    start_at, work_goes_on,
 };
 
 const DISK: RegionId = RegionId(1);
@@ -364,18 +362,7 @@ fn a_killed_pager_loses_nothing_of_the_disk() {
     writes_go_on(&guest.control, 20);
     source.freeze().unwrap();
 
-    let mut pager = Command::new(fixture())
-        .args([OsString::from("half-pager")])
-        .args([&guest.control, &arrived.control])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = String::new();
-    let output = pager.stdout.take().unwrap();
-    BufReader::new(output).read_line(&mut said).unwrap();
-    pager.kill().unwrap(); // SIGKILL
-    pager.wait().unwrap();
-    assert!(said.starts_with("stalled"), "{said:?}");
+    half_page(&guest, &arrived);
 
     // The guest runs, and what it does to its disk waits; a server that is gone is no error.
     let description = arrived.control().describe().unwrap();

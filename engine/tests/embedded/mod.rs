@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "not every test uses all of it")]
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -205,4 +206,21 @@ pub fn work_goes_on(done: impl Fn() -> Option<u64>) {
         assert!(Instant::now() < deadline, "the guest makes no progress");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Lets another process move the frozen guest, up to where it waits for what is missing, and kills that
+/// process there.
+pub fn half_page(guest: &Guest, arrived: &Guest) {
+    let mut pager = Command::new(fixture())
+        .arg("half-pager")
+        .args([&guest.control, &arrived.control])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    let output = pager.stdout.take().unwrap();
+    BufReader::new(output).read_line(&mut said).unwrap();
+    pager.kill().unwrap(); // SIGKILL
+    pager.wait().unwrap();
+    assert!(said.starts_with("stalled"), "{said:?}");
 }
