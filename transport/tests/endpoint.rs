@@ -391,7 +391,8 @@ async fn what_is_urgent_and_short_travels_in_datagrams() {
     assert_eq!((server.parcels, server.streams), (50, 0), "{server:?}");
     assert_eq!((client.received, server.received), (50, 41));
     assert!(client.datagram_bytes > client.contents_bytes);
-    assert!(client.redundant_bytes > 0 && client.redundant_bytes < client.datagram_bytes);
+    // How much of it goes depends on how soon the first pieces are acknowledged.
+    assert!(client.redundant_bytes < client.datagram_bytes);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

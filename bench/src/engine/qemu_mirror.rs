@@ -1,4 +1,5 @@
-//! What `virsh migrate --copy-storage-all` has QEMU do: the destination serves its image over NBD, the source mirrors the
+//! What `virsh migrate --copy-storage-all` has QEMU do: the destination serves its image over NBD, the
+//! source mirrors the
 //! disk into it, and when both are equal memory follows by pre-copy. As libvirt does it, the migration waits
 //! before the switch-over until the mirror has brought over the last writes of the stopped guest.
 
@@ -32,7 +33,8 @@ pub(super) fn engines() -> Vec<Box<dyn Engine>> {
     engines
 }
 
-/// QEMU calls a mirror ready when nothing is dirty and nothing under way. Behind a long link a guest that writes all the
+/// QEMU calls a mirror ready when nothing is dirty and nothing under way. Behind a long link a guest
+/// that writes all the
 /// time never lets that happen, so libvirt has `--copy-storage-synchronous-writes`: a write of the guest is
 /// complete when both sides have it.
 #[derive(Clone, Copy)]
@@ -154,7 +156,8 @@ impl Migration for Running {
     }
 }
 
-/// The guest has stopped at the source: ends the mirror, lets the migration go on, and runs the guest at the destination
+/// The guest has stopped at the source: ends the mirror, lets the migration go on, and runs the guest
+/// at the destination
 /// on its image.
 fn switch_over(stage: &mut Stage<'_>) -> Result<()> {
     let give_up = stage.give_up;

@@ -30,7 +30,8 @@ impl Storage {
         let wrong = compared.differing + compared.broken;
         (self.bad_blocks + self.errors + wrong > 0).then(|| {
             format!(
-                "the guest was given {} wrong blocks and {} I/O errors; in the destination's image {wrong} blocks are wrong",
+                "the guest was given {} wrong blocks and {} I/O errors; in the destination's image \
+                 {wrong} blocks are wrong",
                 self.bad_blocks, self.errors
             )
         })

@@ -318,8 +318,11 @@ impl DestinationGuest for WorkloadDestination {
                 here.memory_of(region)?;
             }
         }
-        if let Some(folder) = &self.keep_in {
-            self.write_record(folder)?;
+        // Without it the guest is taken all the same, and cannot be taken over.
+        if let Some(folder) = &self.keep_in
+            && let Err(error) = self.write_record(folder)
+        {
+            tracing::error!("nobody could follow this process: {}", error.chain());
         }
         if let Some(disk) = &here.disk {
             disk.paged.arm(missing, &faults)?;

@@ -1,7 +1,8 @@
 //! The guest's threads: workers that access memory and those that use the disk. They make accesses at
 //! the profile's rate, stop at the boundary between two accesses when the guest is frozen, and keep
-//! all that they need beside memory and disk in a [`WorkerState`] or [`DiskWorkerState`]. This file must never let a worker stop in the middle of an access, nor
-//! wait for one that waits for a page without a deadline.
+//! all that they need beside memory and disk in a [`WorkerState`] or [`DiskWorkerState`]. This file
+//! must never let a worker stop in the middle of an access, nor wait for one that waits for a page
+//! without a deadline.
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
