@@ -75,7 +75,7 @@ impl Regions {
             .collect()
     }
 
-    /// Number of these blocks, and their bytes, that belong to disks.
+    /// Number of these blocks that belong to disks.
     pub fn on_disks(&self, blocks: &Blocks) -> u64 {
         blocks
             .iter()

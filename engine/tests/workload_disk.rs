@@ -228,12 +228,13 @@ fn a_wrong_byte_and_a_lost_write_are_found() {
     let guest = with_disk(directory.path(), "guest", |options| {
         options.profile = Profile::Db;
     });
+    // Answers once the guest has made its disk.
+    let mut control = guest.control();
     let disk = File::options()
         .read(true)
         .write(true)
         .open(directory.path().join("guest.disk"))
         .unwrap();
-    let mut control = guest.control();
     let look = |sector: u64| {
         let mut data = vec![0; 4096];
         disk.read_exact_at(&mut data, sector * 4096).unwrap();

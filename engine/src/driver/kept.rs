@@ -2,11 +2,13 @@
 //! are missing: with it, and with what the guest's pager keeps beside it, another process goes on.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use hybridmig_transport::message::{Offer, SessionId};
 use serde::{Deserialize, Serialize};
+
+use crate::records;
 
 const VERSION: u32 = 1;
 /// Largest record that is read, in bytes.
@@ -67,15 +69,7 @@ impl KeptSession {
     /// Writes it in place of an earlier one: whole, or not at all.
     pub fn write(&self, folder: &Path) -> Result<(), KeptError> {
         let path = path(folder);
-        let text = serde_json::to_vec_pretty(self).map_err(|error| KeptError::Unusable {
-            path: path.clone(),
-            why: error.to_string(),
-        })?;
-        let written = tempfile::NamedTempFile::new_in(folder).and_then(|mut file| {
-            file.write_all(&text)?;
-            file.persist(&path).map(drop).map_err(|error| error.error)
-        });
-        written.map_err(|source| KeptError::Io {
+        records::write(&path, self).map_err(|source| KeptError::Io {
             action: "write",
             path,
             source,
@@ -85,22 +79,20 @@ impl KeptSession {
     /// Reads it.
     pub fn read(folder: &Path) -> Result<Self, KeptError> {
         let path = path(folder);
-        let cannot = |source| KeptError::Io {
-            action: "read",
-            path: path.clone(),
-            source,
-        };
         let unusable = |why: String| KeptError::Unusable {
             path: path.clone(),
             why,
         };
-        let size = fs::metadata(&path).map_err(cannot)?.len();
-        if size > SIZE_LIMIT {
-            return Err(unusable(format!("it has {size} bytes")));
-        }
-        let text = fs::read(&path).map_err(cannot)?;
-        let kept: Self =
-            serde_json::from_slice(&text).map_err(|error| unusable(error.to_string()))?;
+        let kept: Self = records::read(&path, SIZE_LIMIT).map_err(|source| {
+            if source.kind() == io::ErrorKind::InvalidData {
+                return unusable(source.to_string());
+            }
+            KeptError::Io {
+                action: "read",
+                path: path.clone(),
+                source,
+            }
+        })?;
         if kept.version != VERSION {
             return Err(unusable(format!("its version is {}", kept.version)));
         }

@@ -5,7 +5,6 @@
 //! It outlives the process, not the host: a QEMU does not either.
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use hybridmig_transport::message::{GuestDescription, RegionInfo};
@@ -14,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::here::DisksRecord;
 use super::process::{Mapping, QemuProcess};
 use crate::guest::{GuestError, GuestResult};
+use crate::records;
 
 const VERSION: u32 = 2;
 /// Largest record that is read, in bytes.
@@ -89,16 +89,9 @@ impl Record {
 
     /// Writes it in place of an earlier one: whole, or not at all.
     pub fn write(&self, folder: &Path) -> GuestResult<()> {
-        let cannot = |error: std::io::Error| {
-            GuestError::caused(format!("cannot write {}", path(folder).display()), error)
-        };
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(cannot)?;
-        let text = serde_json::to_vec_pretty(self)
-            .map_err(|error| GuestError::caused("cannot write down the guest", error))?;
-        file.write_all(&text).map_err(cannot)?;
-        file.persist(path(folder))
-            .map(drop)
-            .map_err(|error| cannot(error.error))
+        let path = path(folder);
+        records::write(&path, self)
+            .map_err(|error| GuestError::caused(format!("cannot write {}", path.display()), error))
     }
 
     /// Reads it, and makes sure that its QEMU still runs.
@@ -110,15 +103,8 @@ impl Record {
                 path.display()
             ))
         };
-        let size = fs::metadata(&path)
-            .map_err(|error| unusable(error.to_string()))?
-            .len();
-        if size > SIZE_LIMIT {
-            return Err(unusable(format!("it has {size} bytes")));
-        }
-        let text = fs::read(&path).map_err(|error| unusable(error.to_string()))?;
         let record: Self =
-            serde_json::from_slice(&text).map_err(|error| unusable(error.to_string()))?;
+            records::read(&path, SIZE_LIMIT).map_err(|error| unusable(error.to_string()))?;
         if record.version != VERSION {
             return Err(unusable(format!("its version is {}", record.version)));
         }

@@ -2,8 +2,6 @@
 //! taken over by the next pager if one is killed. This file must never let go of the guest while a
 //! page or a block of its disk is missing.
 
-use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -23,9 +21,12 @@ use crate::guest::paged_disks::{DiskRecord, PagedDisks};
 use crate::guest::{
     BlockedTime, DestinationGuest, FaultSink, GuestError, GuestResult, paging::PagerSink,
 };
+use crate::records;
 
 /// What another process finds in the folder that is kept for it.
 const RECORD: &str = "workload.json";
+/// Largest record that is read, in bytes.
+const RECORD_LIMIT: u64 = 1 << 16;
 
 /// An embedded guest on the host that it comes to.
 pub struct WorkloadDestination {
@@ -111,8 +112,7 @@ impl WorkloadDestination {
         let cannot = |error: std::io::Error| {
             GuestError::caused(format!("cannot use {}", path.display()), error)
         };
-        let text = fs::read(&path).map_err(cannot)?;
-        let record: Record = serde_json::from_slice(&text).map_err(|error| cannot(error.into()))?;
+        let record: Record = records::read(&path, RECORD_LIMIT).map_err(cannot)?;
         let (guest, missing) = Self::adopt(&record.control, placer_config, faults, note)?;
         Ok((guest.keep_in(folder), missing))
     }
@@ -196,17 +196,10 @@ impl WorkloadDestination {
 
     fn write_record(&self, folder: &Path) -> GuestResult<()> {
         let path = folder.join(RECORD);
-        let write = || {
-            // Another process has another working directory.
-            let control = std::path::absolute(self.launch.control())?;
-            let mut file = tempfile::NamedTempFile::new_in(folder)?;
-            file.write_all(&serde_json::to_vec(&Record { control })?)?;
-            file.persist(&path).map_err(|error| error.error)?;
-            Ok(())
-        };
-        write().map_err(|error: std::io::Error| {
-            GuestError::caused(format!("cannot write {}", path.display()), error)
-        })
+        // Another process has another working directory.
+        std::path::absolute(self.launch.control())
+            .and_then(|control| records::write(&path, &Record { control }))
+            .map_err(|error| GuestError::caused(format!("cannot write {}", path.display()), error))
     }
 }
 
