@@ -291,12 +291,12 @@ fn threads_come_across_a_wrong_sector_by_themselves() {
         options.profile = Profile::Scan;
         options.rate_factor = 0.0;
     });
+    let mut control = guest.control();
     let disk = File::options()
         .write(true)
         .open(directory.path().join("guest.disk"))
         .unwrap();
     // No operation is under way that could replace it unseen.
-    let mut control = guest.control();
     control.freeze(Duration::from_secs(10)).unwrap();
     disk.write_all_at(&[0x5a; 4096], 300 * BLOCK).unwrap();
     control.thaw().unwrap();
