@@ -34,7 +34,6 @@ mod order;
 pub use heat::Heat;
 pub use order::{PushOrder, take_range};
 
-
 /// Stopping the guest, saving and loading its device state, the journals: assumed, because none of it
 /// happens before the freeze.
 pub const FIXED_COST: Duration = Duration::from_millis(40);

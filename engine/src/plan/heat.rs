@@ -1,22 +1,70 @@
-//! How hot every block is.
+//! How hot every block is, and how often blocks of each level are used.
 
-use hybridmig_transport::message::RegionInfo;
+use hybridmig_transport::message::{RegionInfo, RegionKind};
 
 use crate::blocks::{Blocks, RegionId};
+use crate::profile::rates::{LEVELS, READ, Rates};
+use crate::profile::spread::{Spread, spread};
+use crate::profile::{AccessSample, HotnessClass};
 use crate::regions::Regions;
 
-/// How recently and how often each block was written: one byte per block, one bit per scan, the
-/// newest on top. Its numeric order is recency first, then frequency, and history older than eight
-/// scans is forgotten. A block that was only read lately is the least of the warm ones.
+/// Weight of a new interval in what is known of how used blocks lie.
+const SPREAD_WEIGHT: f64 = 0.4;
+/// A share of blocks above which their places say nothing about walks.
+const CROWDED: f64 = 0.5;
+
+/// How recently and how often each block was written: one byte per block, its **level**, one bit per scan, the
+/// newest on top. History older than eight scans is forgotten. A block that was only read lately has level
+/// [`READ`]. What a level means in writes and accesses per second is counted ([`Rates`]); where nothing was counted
+/// the levels' numeric order stands: recency first, then frequency.
 #[derive(Debug, Default)]
 pub struct Heat {
     regions: Vec<Vec<u8>>,
     read: Blocks,
-    shapes: Regions,
+    pub(super) shapes: Regions,
+    /// Of memory, and of disks.
+    kinds: [KindHeat; 2],
 }
 
-/// Heat of a block that was read lately and not written.
-const READ: u8 = 1;
+#[derive(Debug, Default)]
+struct KindHeat {
+    rates: Rates,
+    spread: Spread,
+    spread_known: bool,
+}
+
+/// Pages by level, of memory and of disks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tally(pub [Vec<f64>; 2]);
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self([vec![0.0; LEVELS], vec![0.0; LEVELS]])
+    }
+}
+
+impl Tally {
+    /// Pages of this kind.
+    pub fn pages(&self, kind: RegionKind) -> f64 {
+        self.0[index(kind)].iter().sum()
+    }
+
+    /// Adds another one.
+    #[must_use]
+    pub fn plus(mut self, other: &Self) -> Self {
+        for (mine, theirs) in self.0.iter_mut().zip(&other.0) {
+            for (mine, theirs) in mine.iter_mut().zip(theirs) {
+                *mine += theirs;
+            }
+        }
+        self
+    }
+}
+
+/// Place of a kind in arrays of two.
+pub fn index(kind: RegionKind) -> usize {
+    usize::from(kind == RegionKind::Disk)
+}
 
 impl Heat {
     /// Nothing has been written yet.
@@ -25,6 +73,7 @@ impl Heat {
             regions: regions.iter().map(|r| vec![0; r.blocks as usize]).collect(),
             read: Blocks::new(),
             shapes: Regions::new(regions.to_vec()),
+            kinds: Default::default(),
         }
     }
 
@@ -33,8 +82,35 @@ impl Heat {
         self.read.union_with(blocks);
     }
 
-    /// A scan has found `dirty`.
-    pub fn scanned(&mut self, dirty: &Blocks) {
+    /// What is known from an earlier look at the guest: runs of a region's blocks with their levels. Counts for nothing
+    /// once a scan has been made.
+    pub fn known(&mut self, region: RegionId, runs: &[(u32, u32, u8)]) {
+        let Some(bytes) = self.regions.get_mut(usize::from(region.0)) else {
+            return;
+        };
+        for (first, count, level) in runs {
+            let end = (*first as usize).saturating_add(*count as usize);
+            let end = end.min(bytes.len());
+            if let Some(run) = bytes.get_mut(*first as usize..end) {
+                run.fill(*level);
+            }
+        }
+    }
+
+    /// A scan has found `dirty`, of blocks with content, in the `seconds` since the scan before.
+    pub fn scanned(&mut self, dirty: &Blocks, content: &Blocks, seconds: f64) {
+        let before = self.count(content);
+        let mut written = [vec![0; LEVELS], vec![0; LEVELS]];
+        for (region, set) in dirty.iter() {
+            let kind = index(self.shapes.kind(region));
+            for block in set {
+                // Everything that is written has content, if only since now.
+                written[kind][usize::from(self.of(region, block))] += 1;
+            }
+        }
+        for (kind, heat) in self.kinds.iter_mut().enumerate() {
+            heat.rates.scanned(&before[kind], &written[kind], seconds);
+        }
         for bytes in &mut self.regions {
             for byte in bytes {
                 *byte >>= 1;
@@ -49,10 +125,50 @@ impl Heat {
                     *byte |= 0x80;
                 }
             }
+            let heat = &mut self.kinds[index(self.shapes.kind(region))];
+            heat.lies(set, bytes.len() as u32);
         }
     }
 
-    /// The block's heat; 0 for one that was not accessed lately.
+    /// Which of a sample of blocks were accessed.
+    pub fn sampled(&mut self, sample: &AccessSample) {
+        let (mut watched, mut accessed) = (vec![0; LEVELS], vec![0; LEVELS]);
+        for block in &sample.watched {
+            let level = usize::from(self.of(sample.region, block));
+            watched[level] += 1;
+            accessed[level] += u64::from(sample.accessed.contains(block));
+        }
+        let kind = index(self.shapes.kind(sample.region));
+        let rates = &mut self.kinds[kind].rates;
+        rates.sampled(&watched, &accessed, sample.seconds);
+    }
+
+    /// Blocks by level.
+    fn count(&self, among: &Blocks) -> [Vec<u64>; 2] {
+        let mut counts = [vec![0; LEVELS], vec![0; LEVELS]];
+        for (region, set) in among.iter() {
+            let kind = index(self.shapes.kind(region));
+            for block in set {
+                counts[kind][usize::from(self.of(region, block))] += 1;
+            }
+        }
+        counts
+    }
+
+    /// Pages by level.
+    pub fn tally(&self, among: &Blocks) -> Tally {
+        let mut tally = Tally::default();
+        for (region, set) in among.iter() {
+            let kind = index(self.shapes.kind(region));
+            let pages = self.shapes.pages_per_block(region) as f64;
+            for block in set {
+                tally.0[kind][usize::from(self.of(region, block))] += pages;
+            }
+        }
+        tally
+    }
+
+    /// The block's level; 0 for one that was not accessed lately.
     pub fn of(&self, region: RegionId, block: u32) -> u8 {
         let written = self
             .regions
@@ -67,16 +183,66 @@ impl Heat {
         }
     }
 
+    /// What is known of the rates of this kind.
+    pub fn rates(&self, kind: RegionKind) -> &Rates {
+        &self.kinds[index(kind)].rates
+    }
+
+    /// How what is used of this kind lies.
+    pub fn spread(&self, kind: RegionKind) -> Spread {
+        self.kinds[index(kind)].spread
+    }
+
+    /// Every level with its rates, `pages` those of a tally; the most accessed first.
+    pub fn classes(&self, kind: RegionKind, tally: &Tally) -> Vec<HotnessClass> {
+        let rates = self.rates(kind);
+        let pages = &tally.0[index(kind)];
+        let of = |level: u8| HotnessClass {
+            level,
+            pages: pages[usize::from(level)],
+            writes: rates.writes(level),
+            accesses: rates.accesses(level),
+        };
+        let mut classes: Vec<_> = (0..=u8::MAX)
+            .filter(|level| pages[usize::from(*level)] > 0.0)
+            .map(of)
+            .collect();
+        classes.sort_by(|a, b| {
+            let rate = b.accesses.total_cmp(&a.accesses);
+            rate.then_with(|| b.level.cmp(&a.level))
+        });
+        classes
+    }
+
+    /// Rank of every level of this kind, the most accessed highest.
+    pub(super) fn ranks(&self, kind: RegionKind) -> [u8; LEVELS] {
+        let rates = self.rates(kind);
+        let mut levels: Vec<(f64, u8)> = (0..=u8::MAX)
+            .map(|level| (rates.accesses(level), level))
+            .collect();
+        levels.sort_by(|a, b| a.0.total_cmp(&b.0).then_with(|| a.1.cmp(&b.1)));
+        let mut ranks = [0; LEVELS];
+        for (rank, (_, level)) in levels.into_iter().enumerate() {
+            ranks[usize::from(level)] = rank as u8;
+        }
+        ranks
+    }
+
     /// The hottest blocks of `among` that come to `pages`; of equally hot ones the lowest.
     pub fn hottest(&self, among: &Blocks, pages: u64) -> Blocks {
         if pages >= self.shapes.pages(among) {
             return among.clone();
         }
-        let mut histogram = [0u64; 256];
+        let ranks = [self.ranks(RegionKind::Memory), self.ranks(RegionKind::Disk)];
+        let rank = |region: RegionId, block: u32| {
+            let kind = index(self.shapes.kind(region));
+            usize::from(ranks[kind][usize::from(self.of(region, block))])
+        };
+        let mut histogram = [0u64; LEVELS];
         for (region, block) in among.iter_blocks() {
-            histogram[usize::from(self.of(region, block))] += self.shapes.pages_per_block(region);
+            histogram[rank(region, block)] += self.shapes.pages_per_block(region);
         }
-        let (mut threshold, mut above) = (255, 0);
+        let (mut threshold, mut above) = (LEVELS - 1, 0);
         while threshold > 0 && above + histogram[threshold] < pages {
             above += histogram[threshold];
             threshold -= 1;
@@ -84,7 +250,7 @@ impl Heat {
         let mut at_threshold = pages - above;
         let mut chosen = Blocks::new();
         for (region, block) in among.iter_blocks() {
-            let heat = usize::from(self.of(region, block));
+            let heat = rank(region, block);
             let size = self.shapes.pages_per_block(region);
             if heat > threshold {
                 chosen.insert(region, block);
@@ -97,3 +263,21 @@ impl Heat {
     }
 }
 
+impl KindHeat {
+    /// These were used in one interval.
+    fn lies(&mut self, used: &crate::blocks::BlockSet, blocks: u32) {
+        let Some(seen) = spread(used, blocks) else {
+            return;
+        };
+        let crowded = used.len() as f64 > CROWDED * f64::from(blocks);
+        if !self.spread_known {
+            self.spread = seen;
+            self.spread_known = true;
+        }
+        let near = SPREAD_WEIGHT * (seen.near - self.spread.near);
+        self.spread.near += near;
+        if !crowded {
+            self.spread.walk += SPREAD_WEIGHT * (seen.walk - self.spread.walk);
+        }
+    }
+}

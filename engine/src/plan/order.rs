@@ -11,17 +11,17 @@ use crate::regions::Regions;
 #[derive(Debug, Default)]
 pub struct PushOrder {
     shapes: Regions,
-    memory: KindOrder,
+    pub(super) memory: KindOrder,
     disks: KindOrder,
 }
 
 /// The order within one kind.
 #[derive(Debug, Default)]
-struct KindOrder {
+pub(super) struct KindOrder {
     /// The blocks by heat, the hottest last.
     levels: Vec<Blocks>,
     /// Where the guest faulted, the newest last.
-    recent: Vec<(RegionId, u32)>,
+    pub(super) recent: Vec<(RegionId, u32)>,
 }
 
 /// Faults whose neighbourhood is pushed first.
@@ -33,7 +33,7 @@ impl PushOrder {
     /// Orders `behind` by its heat.
     pub fn new(behind: &Blocks, heat: &Heat) -> Self {
         let shapes = heat.shapes.clone();
-        let order = |kind| KindOrder::new(&shapes.of_kind(behind, kind), heat);
+        let order = |kind| KindOrder::new(&shapes.of_kind(behind, kind), kind, heat);
         Self {
             memory: order(RegionKind::Memory),
             disks: order(RegionKind::Disk),
@@ -65,12 +65,14 @@ impl PushOrder {
 }
 
 impl KindOrder {
-    fn new(behind: &Blocks, heat: &Heat) -> Self {
+    fn new(behind: &Blocks, kind: RegionKind, heat: &Heat) -> Self {
+        let ranks = heat.ranks(kind);
         let mut levels = vec![Blocks::new(); 256];
         for (region, set) in behind.iter() {
             let mut by_heat: Vec<BlockSet> = vec![BlockSet::new(); 256];
             for block in set {
-                by_heat[usize::from(heat.of(region, block))].insert(block);
+                let rank = ranks[usize::from(heat.of(region, block))];
+                by_heat[usize::from(rank)].insert(block);
             }
             for (level, set) in by_heat.into_iter().enumerate() {
                 if !set.is_empty() {
@@ -134,4 +136,3 @@ pub fn take_range(
     }
     taken
 }
-

@@ -50,16 +50,16 @@ fn figures(rest: u64, rest_before: u64, dirty_rate: f64) -> RoundFigures {
 #[test]
 fn heat_is_recency_first_then_frequency() {
     let mut heat = Heat::new(&regions(4));
-    heat.scanned(&set([0, 1]));
-    heat.scanned(&set([0, 1, 2]));
-    heat.scanned(&set([1, 3]));
+    heat.scanned(&set([0, 1]), &Blocks::new(), 1.0);
+    heat.scanned(&set([0, 1, 2]), &Blocks::new(), 1.0);
+    heat.scanned(&set([1, 3]), &Blocks::new(), 1.0);
     let order = |block| heat.of(RAM, block);
     assert!(order(1) > order(3) && order(3) > order(0) && order(0) > order(2));
     assert_eq!(heat.hottest(&set(0..4), 2), set([1, 3]));
     assert_eq!(heat.hottest(&set(0..4), 9), set(0..4));
     assert_eq!(heat.hottest(&set(0..4), 0), Blocks::new());
     for _ in 0..8 {
-        heat.scanned(&Blocks::new());
+        heat.scanned(&Blocks::new(), &Blocks::new(), 1.0);
     }
     assert_eq!(heat.of(RAM, 1), 0);
 }
@@ -67,7 +67,7 @@ fn heat_is_recency_first_then_frequency() {
 #[test]
 fn push_goes_near_faults_then_by_heat_then_ascending() {
     let mut heat = Heat::new(&regions(2000));
-    heat.scanned(&set([1500, 1501]));
+    heat.scanned(&set([1500, 1501]), &Blocks::new(), 1.0);
     let mut remaining = set(0..2000);
     let mut order = PushOrder::new(&remaining, &heat);
     order.faulted(RAM, 700);
@@ -209,7 +209,7 @@ fn split(
 #[test]
 fn the_split_follows_mode_share_and_limits() {
     let mut heat = Heat::new(&regions(1000));
-    heat.scanned(&set(300..400));
+    heat.scanned(&set(300..400), &Blocks::new(), 1.0);
     let rest = set(0..400);
     let moved = |mode, share, max| split(mode, share, max, rest.clone(), &heat).freeze.len();
     assert_eq!(moved(Mode::Precopy, None, None), 400);
@@ -254,7 +254,7 @@ fn both(memory: Blocks, disk: &Blocks) -> Blocks {
 fn of_a_disk_what_was_accessed_moves_first() {
     let mut heat = Heat::new(&with_disk());
     heat.accessed(&on_disk([50, 60]));
-    heat.scanned(&on_disk([70]));
+    heat.scanned(&on_disk([70]), &Blocks::new(), 1.0);
     let content = both(set(0..1000), &on_disk(40..80));
     let default = disk_share(&Shares::default(), &content, &heat);
     assert_eq!(default, on_disk([50, 60, 70]));

@@ -180,14 +180,10 @@ impl Rates {
         seen.unwrap_or_else(assumed).max(writes)
     }
 
-    /// From the bits alone: written in so many of so many scans.
+    /// From the bits alone: the share of scans that found it written, each scan weighing half as much as the one
+    /// after it.
     fn guess(&self, level: u8) -> f64 {
-        if level == 0 || self.scans == 0 {
-            return 0.0;
-        }
-        let scans = f64::from(self.scans.min(8));
-        let hits = f64::from(level.count_ones()).min(scans);
-        let share = (hits + 0.5) / (scans + 1.0);
+        let share = f64::from(level) / 256.0;
         -(1.0 - share).ln() / self.interval.max(1e-3)
     }
 }

@@ -174,8 +174,9 @@ impl SourceMachine {
         } else {
             (self.scan_takes + took) / 2
         };
-        self.heat.scanned(&dirty);
         self.populated.union_with(&dirty);
+        let seconds = interval.as_secs_f64();
+        self.heat.scanned(&dirty, &self.populated, seconds);
         // Every version sent from here on supersedes those of before.
         self.pass += 1;
         match self.state {
