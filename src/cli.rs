@@ -204,6 +204,13 @@ pub struct SendArgs {
     /// precopy mode the guest is not frozen until the rest fits it.
     #[arg(long, value_name = "TIME", value_parser = units::time)]
     pub max_downtime: Option<Duration>,
+    /// The longest that the whole migration may take: rounds are made only as far as it allows.
+    #[arg(long, value_name = "TIME", value_parser = units::time)]
+    pub max_total: Option<Duration>,
+    /// Predict and log, but decide by the simple rule (hybrid mode): freeze when what is left fits 150 ms or
+    /// another round does not pay.
+    #[arg(long)]
+    pub observe: bool,
     /// The most pre-copy rounds.
     #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub max_rounds: u32,

@@ -3,6 +3,7 @@
 mod cli;
 mod commands;
 mod control;
+mod foretold;
 mod progress;
 mod show;
 mod units;

@@ -223,7 +223,9 @@ pub fn figures(report: &Report) -> String {
     for note in &report.notes {
         table.row("note", note.clone());
     }
-    table.text()
+    let mut text = table.text();
+    text.push_str(&crate::foretold::beside_outcome(report));
+    text
 }
 
 /// What was not sent because the destination had it in files.

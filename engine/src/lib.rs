@@ -7,6 +7,7 @@ pub mod guest;
 pub mod journal;
 pub mod nbd;
 pub mod plan;
+pub mod predict;
 pub mod profile;
 mod records;
 pub mod regions;

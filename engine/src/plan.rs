@@ -24,12 +24,13 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use hybridmig_transport::message::{Mode, RegionInfo, RegionKind};
+use hybridmig_transport::message::{Mode, RegionKind};
 
 use crate::blocks::{Blocks, RegionId};
 
-mod heat;
+pub mod heat;
 mod order;
+pub mod planner;
 
 pub use heat::Heat;
 pub use order::{PushOrder, take_range};
@@ -86,7 +87,7 @@ pub struct Pace {
 
 impl Pace {
     /// Blocks per second that move in a freeze, parity and all.
-    fn freeze_rate(&self) -> f64 {
+    pub(crate) fn freeze_rate(&self) -> f64 {
         let parity = PARITY + PARITY_OF_LOSS * self.loss.clamp(0.0, 0.06);
         self.send_rate.max(1e-3) / (1.0 + parity)
     }
@@ -338,6 +339,20 @@ pub fn split_at_freeze(
             freeze
         }
     };
+    behind.subtract(&freeze);
+    FreezeSplit { freeze, behind }
+}
+
+/// The hottest stale pages of memory and of disks, as many as the planner says; the rest stays behind.
+pub fn split_as_planned(rest: Rest, heat: &Heat, memory: u64, disks: u64) -> FreezeSplit {
+    let Rest {
+        stale: mut behind,
+        unsent,
+    } = rest;
+    let of = |kind| heat.shapes.of_kind(&behind, kind);
+    let mut freeze = heat.hottest(&of(RegionKind::Memory), memory);
+    freeze.union_with(&heat.hottest(&of(RegionKind::Disk), disks));
+    behind.union_with(&unsent);
     behind.subtract(&freeze);
     FreezeSplit { freeze, behind }
 }

@@ -12,7 +12,9 @@ use serde::{Deserialize, Serialize};
 use crate::agility::Agility;
 use crate::driver::level::LevelsUsed;
 pub use crate::journal::Side;
+use crate::predict::Prediction;
 use crate::session::io::LinkFigures;
+use crate::session::source::PlanReport;
 
 /// Version of the report's format.
 pub const REPORT_VERSION: u32 = 1;
@@ -57,6 +59,12 @@ pub struct Report {
     /// Levels of compression on the bulk lane (source only).
     #[serde(default)]
     pub compression: Option<LevelsUsed>,
+    /// What was predicted (source only), in the units of the outcome.
+    #[serde(default)]
+    pub prediction: Option<Predictions>,
+    /// What was planned, and how (source only).
+    #[serde(default)]
+    pub plan: Option<PlanReport>,
     /// Pre-copy rounds (source only).
     pub rounds: Vec<Round>,
     /// Demand paging, as the destination saw it.
@@ -100,6 +108,8 @@ impl Report {
             kinds: None,
             seeds: None,
             compression: None,
+            prediction: None,
+            plan: None,
             rounds: Vec::new(),
             faults: None,
             disk_io: Vec::new(),
@@ -161,6 +171,24 @@ impl Downtime {
         self.journal = seconds(timings.journal_us);
         self.resume = seconds(timings.resume_us);
         self
+    }
+}
+
+/// Predictions, to be held against what came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Predictions {
+    /// When the first scan had shown what the guest writes.
+    pub at_start: Option<Prediction>,
+    /// From what was known at the freeze.
+    pub at_freeze: Option<Prediction>,
+}
+
+impl From<&PlanReport> for Predictions {
+    fn from(plan: &PlanReport) -> Self {
+        Self {
+            at_start: plan.at_start.as_ref().map(|plan| plan.prediction),
+            at_freeze: plan.at_freeze.as_ref().map(|plan| plan.prediction),
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use hybridmig_engine::guest::SourceGuest;
 use hybridmig_engine::guest::qemu::disk::DiskChoice;
 use hybridmig_engine::guest::qemu::{QemuSource, QemuSourceOptions};
 use hybridmig_engine::guest::workload::WorkloadSource;
+use hybridmig_engine::predict::costs::Remembered;
 use hybridmig_engine::session::io::SourceOutcome;
 use hybridmig_engine::session::source::SourceConfig;
 use hybridmig_transport::endpoint::Endpoint;
@@ -32,11 +33,20 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
     let disks = args.disks.choice();
     let (disk_fracs, others) = disks.fractions();
     let guest = open(&args.guest, disks)?;
+    let kind = guest.describe().kind.clone();
+    let (mut remembered, unread) = Remembered::read(&state_dir);
+    if let Some(why) = unread {
+        tracing::warn!("what earlier migrations cost is not known: {why}");
+    }
+    let costs_in = state_dir.clone();
     let config = SourceConfig {
         mem_frac: args.mem_frac,
         disk_frac: others.or(args.disk_frac),
         disk_fracs,
         max_downtime: args.max_downtime,
+        max_total: args.max_total,
+        observe: args.observe,
+        costs: remembered.of(&kind),
         max_rounds: args.max_rounds,
         prefetch: args.prefetch,
         patience: args.link.patience,
@@ -68,6 +78,11 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
         leave(&endpoint, known).await;
         run.context("nothing was moved; the guest was not touched")
     })?;
+    if let Some(costs) = run.learned {
+        if let Err(error) = remembered.keep(&costs_in, &kind, costs) {
+            tracing::warn!("what this migration cost cannot be kept: {error}");
+        }
+    }
     write_report(&run.report, &args.output)?;
     if args.output.json.as_deref() != Some(Path::new("-")) {
         print!("{}", show::source(&run.outcome, &run.report));

@@ -17,11 +17,12 @@ use super::level::Level;
 use super::sampler::{INTERVAL, Sampler};
 use super::silence::Silence;
 use super::source_data::DataPlane;
-use super::source_report::{Marks, build};
+use super::source_report::{Marks, build, learned};
 use super::worker::Worker;
 use super::{DriverError, LinkTasks, figures, say_goodbye, say_goodbye_briefly, wait_until};
 use crate::guest::{GuestError, GuestResult, SourceGuest};
 use crate::journal::{Context, Journal};
+use crate::predict::Costs;
 use crate::report::Report;
 use crate::session::io::{SourceCommand, SourceInput, SourceOutcome, SourceRecord};
 use crate::session::source::{SourceConfig, SourceMachine, SourceProgress};
@@ -57,6 +58,8 @@ pub struct SourceRun {
     pub outcome: SourceOutcome,
     /// All figures.
     pub report: Report,
+    /// What the steps of a handover cost, where the guest was moved.
+    pub learned: Option<Costs>,
 }
 
 /// Runs the migration to its end. `cancel` holds a reason once the operator wants it to stop;
@@ -66,7 +69,7 @@ pub struct SourceRun {
 /// Only for what comes before the first message: the destination cannot be reached or does not
 /// trust this host, the journal cannot be made. The guest has not been touched then.
 pub async fn run(
-    job: SourceJob,
+    mut job: SourceJob,
     mut cancel: watch::Receiver<Option<String>>,
     progress: watch::Sender<Option<SourceProgress>>,
 ) -> Result<SourceRun, DriverError> {
@@ -78,6 +81,7 @@ pub async fn run(
     let sampling = tokio::spawn(sample(job.guest.clone(), sampler.clone()));
     let _stop_sampling = AbortOnDrop(sampling.abort_handle());
 
+    job.config.guest = job.guest.guest_use();
     let dialed = tokio::select! {
         dialed = job.endpoint.dial(job.target) => dialed,
         reason = cancelled(&mut cancel) => return Err(DriverError::CancelledEarly { reason }),
@@ -135,10 +139,20 @@ pub async fn run(
     };
     driver.farewell(&outcome).await;
 
-    let report = build(&driver.summary(started_unix, &outcome), &sampler);
+    let (report, learned) = {
+        let facts = driver.summary(started_unix, &outcome);
+        let report = build(&facts, &sampler);
+        let moved = matches!(outcome, SourceOutcome::Moved);
+        let learned = moved.then(|| learned(&facts, &report)).flatten();
+        (report, learned)
+    };
     driver.plane.stop();
     driver.worker.finish();
-    Ok(SourceRun { outcome, report })
+    Ok(SourceRun {
+        outcome,
+        report,
+        learned,
+    })
 }
 
 struct Driver {
@@ -405,6 +419,10 @@ fn worker(
             let _ = inputs.blocking_send(input);
         };
         if looks {
+            let samples = guest.access_samples();
+            if !samples.is_empty() {
+                tell(SourceInput::Sampled(samples));
+            }
             let accessed = guest.accessed();
             if !accessed.is_empty() {
                 tell(SourceInput::Accessed(accessed));

@@ -13,6 +13,7 @@ use super::silence::Silence;
 use super::source_data::DataPlane;
 use crate::agility::{SpeedSample, agility};
 use crate::guest::SourceGuest;
+use crate::predict::Costs;
 use crate::report::{
     CodecTraffic, Downtime, Faults, PhaseTraffic, Report, Round, Side, Times, Verified,
 };
@@ -21,6 +22,8 @@ use crate::session::source::SourceConfig;
 
 /// How much of the time before the migration the guest's own speed is taken from.
 const BASELINE: Duration = Duration::from_secs(5);
+/// Less than this is too short to tell a speed from.
+const SHORT: Duration = Duration::from_secs(2);
 
 /// Points in time that only the driver sees.
 #[derive(Debug, Default)]
@@ -123,6 +126,9 @@ pub fn build(facts: &Facts<'_>, sampler: &Sampler) -> Report {
             })
             .collect();
         report.kinds = Some(machine.figures().kinds());
+        let plan = machine.plan_report();
+        report.prediction = Some(plan.into());
+        report.plan = Some(plan.clone());
         report.notes = [machine.notes(), machine.warnings()].concat();
     }
     let traffic = facts.plane.traffic();
@@ -139,7 +145,7 @@ pub fn build(facts: &Facts<'_>, sampler: &Sampler) -> Report {
     report.times = times(facts, &marks, running.map(|(at, _)| at));
     if let (Some(freeze), Some((running, timings))) = (marks.freeze, running) {
         report.downtime = Some(downtime(&marks, freeze, running, timings));
-        fill_speed(&mut report, &marks, sampler, freeze, running);
+        fill_speed(&mut report, &marks, sampler, facts.started, freeze, running);
     }
     if let Some((_, summary)) = &marks.summary {
         report.faults = Some(Faults {
@@ -149,6 +155,29 @@ pub fn build(facts: &Facts<'_>, sampler: &Sampler) -> Report {
         report.verified = summary.verified.clone().map(Verified::from);
     }
     report
+}
+
+/// What the steps of this migration cost, learned on top of what was known. Only of one that came to its end.
+pub fn learned(facts: &Facts<'_>, report: &Report) -> Option<Costs> {
+    let downtime = report.downtime?;
+    let machine = facts.plane.machine();
+    let figures = machine.figures();
+    let complete = figures.milestones.complete?;
+    let tracking = figures.milestones.tracking?;
+    let link = machine.link_figures();
+    let rate = machine.freeze_rate();
+    // What its bytes and the way took: the blocks went out while the state was saved.
+    let saving = downtime.save_state + downtime.scan / 2.0;
+    let blocks = (figures.freeze.bytes as f64 / rate - saving).max(0.0);
+    let bytes = blocks + figures.state.bytes as f64 / rate + link.rtt.as_secs_f64() / 2.0;
+    let mut costs = facts.config.costs;
+    costs.saw(&downtime, bytes, figures.state.bytes as f64);
+    let total = report.times.total;
+    costs.saw_ends(
+        tracking.as_secs_f64(),
+        (total - complete.as_secs_f64()).max(0.0),
+    );
+    Some(costs)
 }
 
 /// The destination's answer left when the guest ran, and took one way.
@@ -203,6 +232,7 @@ fn fill_speed(
     report: &mut Report,
     marks: &Inner,
     sampler: &Sampler,
+    started: Instant,
     freeze: Instant,
     running: Instant,
 ) {
@@ -213,9 +243,17 @@ fn fill_speed(
     let baseline = marks.tracking.unwrap_or(freeze);
     let v0 = match summary.speed_source.as_str() {
         "guest" => {
-            let from = baseline.checked_sub(BASELINE).unwrap_or(baseline);
-            let before = sampler.mean_rate(from, baseline);
-            match before.or_else(|| sampler.mean_rate(baseline, freeze)) {
+            let from = baseline
+                .checked_sub(BASELINE)
+                .unwrap_or(started)
+                .max(started);
+            // A short look before the migration says less than a long one in pre-copy, which costs the guest next to nothing.
+            let until = if baseline.saturating_duration_since(started) < SHORT {
+                freeze
+            } else {
+                baseline
+            };
+            match sampler.mean_rate(from, until) {
                 Some(v0) if v0 > 0.0 => v0,
                 _ => return,
             }

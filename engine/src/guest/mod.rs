@@ -17,7 +17,9 @@ use std::time::Duration;
 use hybridmig_transport::message::{GuestDescription, Offer, Refusal, RegionInfo};
 
 use crate::blocks::{Blocks, RegionId};
+use crate::profile::AccessSample;
 use crate::report::DiskIo;
+use crate::session::source::GuestUse;
 
 /// What went wrong with a guest: what failed, on what, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +88,17 @@ pub trait SourceGuest: Send + Sync {
     /// and after [`Self::take_dirty`]; may be empty, and may be wrong.
     fn accessed(&self) -> Blocks {
         Blocks::new()
+    }
+
+    /// Which blocks of a sample the guest has read or written since the last call, where that can be had
+    /// cheaply; begins the next sample. Asked after [`Self::take_dirty`] while the guest runs.
+    fn access_samples(&self) -> Vec<AccessSample> {
+        Vec::new()
+    }
+
+    /// How the guest waits for what it lacks, as far as it can be told.
+    fn guest_use(&self) -> GuestUse {
+        GuestUse::default()
     }
 
     /// Copies one block into `buf`, whose length is the region's block size. While the guest runs

@@ -2,12 +2,14 @@
 
 use hybridmig_transport::message::{RegionInfo, RegionKind};
 
-use crate::blocks::{Blocks, RegionId};
+use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::profile::rates::{LEVELS, READ, Rates};
 use crate::profile::spread::{Spread, spread};
 use crate::profile::{AccessSample, HotnessClass};
 use crate::regions::Regions;
 
+/// Shortest interval, in seconds, that is a bit of history of its own.
+const STEP: f64 = 0.25;
 /// Weight of a new interval in what is known of how used blocks lie.
 const SPREAD_WEIGHT: f64 = 0.4;
 /// A share of blocks above which their places say nothing about walks.
@@ -21,6 +23,10 @@ const CROWDED: f64 = 0.5;
 pub struct Heat {
     regions: Vec<Vec<u8>>,
     read: Blocks,
+    /// When reads were told of last, in seconds.
+    looked: Option<f64>,
+    /// Seconds since the levels were moved on.
+    since: f64,
     pub(super) shapes: Regions,
     /// Of memory, and of disks.
     kinds: [KindHeat; 2],
@@ -72,13 +78,29 @@ impl Heat {
         Self {
             regions: regions.iter().map(|r| vec![0; r.blocks as usize]).collect(),
             read: Blocks::new(),
+            looked: None,
+            since: 0.0,
             shapes: Regions::new(regions.to_vec()),
             kinds: Default::default(),
         }
     }
 
-    /// The guest is known to have read these (or written: not every guest can tell).
-    pub fn accessed(&mut self, blocks: &Blocks) {
+    /// The guest is known to have read these lately (or written: not every guest can tell), `now` in seconds. Blocks that
+    /// are new among them tell how often what was not used before comes to be used.
+    pub fn accessed(&mut self, blocks: &Blocks, content: &Blocks, now: f64) {
+        if let Some(before) = self.looked.replace(now).filter(|before| *before < now) {
+            let cold = self.count(content);
+            let mut new = [vec![0; LEVELS], vec![0; LEVELS]];
+            for (region, set) in blocks.iter() {
+                let kind = index(self.shapes.kind(region));
+                let fresh = set.iter().filter(|block| self.of(region, *block) == 0);
+                new[kind][0] += fresh.count() as u64;
+            }
+            let mut only = vec![0; LEVELS];
+            only[0] = cold[index(RegionKind::Disk)][0];
+            let disks = &mut self.kinds[index(RegionKind::Disk)].rates;
+            disks.sampled(&only, &new[index(RegionKind::Disk)], now - before);
+        }
         self.read.union_with(blocks);
     }
 
@@ -111,9 +133,14 @@ impl Heat {
         for (kind, heat) in self.kinds.iter_mut().enumerate() {
             heat.rates.scanned(&before[kind], &written[kind], seconds);
         }
-        for bytes in &mut self.regions {
-            for byte in bytes {
-                *byte >>= 1;
+        // A scan soon after another one belongs to the same interval: else "not written lately" would mean less.
+        self.since += seconds;
+        if self.since >= STEP {
+            self.since = 0.0;
+            for bytes in &mut self.regions {
+                for byte in bytes {
+                    *byte >>= 1;
+                }
             }
         }
         for (region, set) in dirty.iter() {
@@ -143,8 +170,46 @@ impl Heat {
         rates.sampled(&watched, &accessed, sample.seconds);
     }
 
+    /// Pages by level of everything that has content. Quicker than [`Self::tally`]: what was never written is
+    /// not looked at.
+    pub fn content(&self, content: &Blocks) -> Tally {
+        let mut tally = Tally::default();
+        for info in self.shapes.infos() {
+            let kind = index(info.kind);
+            let pages = self.shapes.pages_per_block(info.id) as f64;
+            let mut levels = [0u64; LEVELS];
+            for byte in &self.regions[usize::from(info.id.0)] {
+                levels[usize::from(*byte)] += 1;
+            }
+            let written: u64 = levels[1..].iter().sum();
+            let all = content.get(info.id).map_or(0, BlockSet::len);
+            levels[0] = all.saturating_sub(written);
+            let read = self.read.get(info.id).map_or(0, |read| {
+                let cold = |block: &u32| {
+                    self.regions[usize::from(info.id.0)].get(*block as usize) == Some(&0)
+                };
+                read.iter().filter(cold).count() as u64
+            });
+            let read = read.min(levels[0]);
+            levels[0] -= read;
+            levels[usize::from(READ)] += read;
+            for (sum, count) in tally.0[kind].iter_mut().zip(levels) {
+                *sum += count as f64 * pages;
+            }
+        }
+        tally
+    }
+
+    /// After the freeze: of `exposed[h]` blocks of level h that the guest lacked, it asked for `asked[h]` in so many
+    /// seconds in which it ran.
+    pub fn asked_for(&mut self, kind: RegionKind, exposed: &[u64], asked: &[u64], seconds: f64) {
+        self.kinds[index(kind)]
+            .rates
+            .sampled(exposed, asked, seconds);
+    }
+
     /// Blocks by level.
-    fn count(&self, among: &Blocks) -> [Vec<u64>; 2] {
+    pub(crate) fn count(&self, among: &Blocks) -> [Vec<u64>; 2] {
         let mut counts = [vec![0; LEVELS], vec![0; LEVELS]];
         for (region, set) in among.iter() {
             let kind = index(self.shapes.kind(region));
@@ -265,7 +330,7 @@ impl Heat {
 
 impl KindHeat {
     /// These were used in one interval.
-    fn lies(&mut self, used: &crate::blocks::BlockSet, blocks: u32) {
+    fn lies(&mut self, used: &BlockSet, blocks: u32) {
         let Some(seen) = spread(used, blocks) else {
             return;
         };

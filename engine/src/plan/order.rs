@@ -11,6 +11,8 @@ use crate::regions::Regions;
 #[derive(Debug, Default)]
 pub struct PushOrder {
     shapes: Regions,
+    /// Pages after a fault in memory that are pushed before others.
+    reach: u32,
     pub(super) memory: KindOrder,
     disks: KindOrder,
 }
@@ -28,17 +30,32 @@ pub(super) struct KindOrder {
 const RECENT_FAULTS: usize = 8;
 /// Pages after a fault that are pushed before others.
 const NEIGHBOURHOOD: u32 = 512;
+/// The same of a guest that does not walk: a batch.
+const NEAR: u32 = 64;
+/// A guest walks from this share on.
+const WALKS: f64 = 0.2;
 
 impl PushOrder {
     /// Orders `behind` by its heat.
     pub fn new(behind: &Blocks, heat: &Heat) -> Self {
         let shapes = heat.shapes.clone();
         let order = |kind| KindOrder::new(&shapes.of_kind(behind, kind), kind, heat);
+        // Where the guest walks, what comes next is what it needs next; else what is hot is.
+        let walks = heat.spread(RegionKind::Memory).walk > WALKS;
         Self {
+            reach: if walks { NEIGHBOURHOOD } else { NEAR },
             memory: order(RegionKind::Memory),
             disks: order(RegionKind::Disk),
             shapes,
         }
+    }
+
+    /// The same blocks, ordered by what is known of the heat by now. Where the guest faulted stays first.
+    pub fn again(&mut self, behind: &Blocks, heat: &Heat) {
+        let recent =
+            [&mut self.memory, &mut self.disks].map(|kind| std::mem::take(&mut kind.recent));
+        *self = Self::new(behind, heat);
+        [self.memory.recent, self.disks.recent] = recent;
     }
 
     /// The guest faulted here.
@@ -57,8 +74,8 @@ impl PushOrder {
     /// Takes blocks of one region, up to `pages`, out of `remaining`, the next in order.
     pub fn next(&mut self, remaining: &mut Blocks, pages: usize) -> Option<(RegionId, Vec<u32>)> {
         self.memory
-            .next(remaining, &self.shapes, pages)
-            .or_else(|| self.disks.next(remaining, &self.shapes, pages))
+            .next(remaining, &self.shapes, pages, self.reach)
+            .or_else(|| (self.disks).next(remaining, &self.shapes, pages, NEIGHBOURHOOD))
             // Nothing is forgotten, whatever happened to the order.
             .or_else(|| self.shapes.pop(remaining, pages))
     }
@@ -92,9 +109,10 @@ impl KindOrder {
         remaining: &mut Blocks,
         shapes: &Regions,
         pages: usize,
+        reach: u32,
     ) -> Option<(RegionId, Vec<u32>)> {
         while let Some((region, block)) = self.recent.last().copied() {
-            let reach = NEIGHBOURHOOD / shapes.pages_per_block(region) as u32;
+            let reach = reach / shapes.pages_per_block(region) as u32;
             let last = block.saturating_add(reach);
             let near = take_range(remaining, region, block, last, shapes.chunk(region, pages));
             if near.is_empty() {

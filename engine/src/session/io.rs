@@ -22,6 +22,7 @@ pub use hybridmig_transport::codec::Refer;
 pub use hybridmig_transport::lane::Lane;
 
 use crate::blocks::{Blocks, RegionId};
+use crate::profile::AccessSample;
 
 /// The phases of a session, as both sides name them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -92,6 +93,8 @@ pub enum SourceInput {
     /// Blocks that the guest has accessed lately, as far as it can tell. Given before the answer to
     /// `StartTracking` or `Scan`; answers no command.
     Accessed(Blocks),
+    /// Which of samples of blocks the guest has accessed. Given before the answer to `Scan`; answers no command.
+    Sampled(Vec<AccessSample>),
     /// Answer to [`SourceCommand::StartTracking`]: the blocks that have content.
     Tracking(Blocks),
     /// Answer to [`SourceCommand::Scan`].

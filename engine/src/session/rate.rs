@@ -104,6 +104,11 @@ impl Estimator {
         }
     }
 
+    /// Whether the rate has been measured.
+    pub(crate) fn is_measured(&self) -> bool {
+        self.rate.is_some()
+    }
+
     /// The most that the link may carry: what the bound on bytes in flight is made from, so that a
     /// bound that was too small does not confirm itself.
     pub(crate) fn ceiling(&self) -> f64 {

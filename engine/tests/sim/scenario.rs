@@ -58,6 +58,8 @@ pub struct Scenario {
     pub state_len: u64,
     /// Time between two scans in a long round; random where it is not given.
     pub scan_interval: Option<Duration>,
+    /// The planner only watches.
+    pub observe: bool,
     /// Share of the records that the destination cannot decode, of those that refer to others.
     pub rejections: f64,
     /// When the link is cut, and for how long.
@@ -112,6 +114,7 @@ impl Scenario {
             writes: rng.random_range(0.0..0.9),
             state_len: [0, 700, 70_000, 200_000][rng.random_range(0..4)],
             scan_interval: None,
+            observe: rng.random_bool(0.3),
             rejections: [0.0, 0.02, 0.2][rng.random_range(0..3)],
             cuts: Vec::new(),
             cut_at_message: None,
@@ -181,6 +184,7 @@ impl Scenario {
             writes: 1.0,
             access,
             scan_interval: Some(scan_interval),
+            observe: true,
             rejections: 0.0,
             ..Self::quiet(seed, Mode::Hybrid)
         }

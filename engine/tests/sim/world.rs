@@ -176,6 +176,7 @@ impl World {
         config.min_round = Duration::from_millis(10);
         config.max_rounds = [2, 10, 30][rng.random_range(0..3)];
         let interval = Duration::from_millis([10, 60, 1000][rng.random_range(0..3)]);
+        config.observe = scenario.observe;
         config.scan_interval = scenario.scan_interval.unwrap_or(interval);
         let listen = DestinationConfig {
             patience: PATIENCE,

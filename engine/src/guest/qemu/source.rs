@@ -20,6 +20,7 @@ use super::qmp::Qmp;
 use super::state;
 use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::guest::{GuestError, GuestResult, SourceGuest};
+use crate::session::source::GuestUse;
 
 /// How long `stop` may take: it drains the guest's I/O.
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -56,6 +57,7 @@ pub struct QemuSource {
     process: QemuProcess,
     description: GuestDescription,
     regions: Vec<RegionInfo>,
+    vcpus: u32,
     memory: Vec<Arc<RegionMemory>>,
     /// Their regions follow those of memory.
     disks: SourceDisks,
@@ -107,6 +109,7 @@ impl QemuSource {
             process,
             description,
             regions,
+            vcpus: inspection.facts.vcpus.len() as u32,
             findings: [&inspection.findings[..], disks.findings()].concat(),
             grace: (!inspection.direct_io.is_empty()).then_some(options.direct_io_grace),
             keep: options.keep,
@@ -164,6 +167,13 @@ impl State {
 impl SourceGuest for QemuSource {
     fn describe(&self) -> &GuestDescription {
         &self.description
+    }
+
+    fn guest_use(&self) -> GuestUse {
+        GuestUse {
+            parallelism: self.vcpus.max(1),
+            ..GuestUse::default()
+        }
     }
 
     fn regions(&self) -> &[RegionInfo] {

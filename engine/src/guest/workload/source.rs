@@ -18,6 +18,7 @@ use super::pages::PAGE;
 use super::stats::StatsPage;
 use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::guest::{GuestError, GuestResult, SourceGuest};
+use crate::session::source::GuestUse;
 
 /// The region of the guest's memory.
 const MEMORY: RegionId = RegionId(0);
@@ -164,6 +165,16 @@ impl SourceGuest for WorkloadSource {
             dirty.union_with(&on_disk(disk.take_dirty()));
         }
         Ok(dirty)
+    }
+
+    fn guest_use(&self) -> GuestUse {
+        let stats = self.stats.sample();
+        GuestUse {
+            parallelism: stats.threads.max(1),
+            disk_parallelism: f64::from(stats.disk_threads.max(1)),
+            disk_weight: self.stats.disk_share(),
+            ..GuestUse::default()
+        }
     }
 
     fn accessed(&self) -> Blocks {

@@ -177,6 +177,20 @@ impl StatsPage {
         }
     }
 
+    /// Share of the work that was done on the disk, 0 to 1.
+    pub fn disk_share(&self) -> f64 {
+        let threads = 0..self.threads();
+        let sectors: u64 = threads
+            .map(|worker| self.worker_word(worker, 5).load(Relaxed))
+            .fold(0, u64::wrapping_add);
+        let all = self.sample().operations;
+        if all == 0 {
+            0.0
+        } else {
+            (sectors as f64 / all as f64).min(1.0)
+        }
+    }
+
     /// The worker that runs in this thread, as (number, thread id) pairs.
     pub fn thread_ids(&self) -> Vec<(u32, u32)> {
         (0..self.threads())

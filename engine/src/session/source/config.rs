@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use hybridmig_transport::message::{Features, Mode, SessionId};
 
+use super::planning::GuestUse;
+use crate::blocks::RegionId;
 use crate::plan::Limits;
+use crate::predict::Costs;
 
 /// What the operator and the driver set.
 #[derive(Clone, Debug)]
@@ -22,7 +25,17 @@ pub struct SourceConfig {
     pub disk_fracs: BTreeMap<String, f64>,
     /// Downtime never to exceed knowingly.
     pub max_downtime: Option<Duration>,
-    /// Downtime to aim at.
+    /// The longest migration, as far as it can be planned.
+    pub max_total: Option<Duration>,
+    /// Predict only, and decide by the simple rule.
+    pub observe: bool,
+    /// What the steps of a handover cost, as far as it is known.
+    pub costs: Costs,
+    /// How the guest waits for what it lacks.
+    pub guest: GuestUse,
+    /// Heat that is known from an earlier look at the guest: runs of blocks and their levels.
+    pub known_heat: Vec<(RegionId, Vec<(u32, u32, u8)>)>,
+    /// Downtime to aim at by the simple rule.
     pub target_downtime: Duration,
     /// Pre-copy rounds at most, the first pass included.
     pub max_rounds: u32,
@@ -63,6 +76,11 @@ impl SourceConfig {
             disk_frac: None,
             disk_fracs: BTreeMap::new(),
             max_downtime: None,
+            max_total: None,
+            observe: false,
+            costs: Costs::assumed("qemu"),
+            guest: GuestUse::default(),
+            known_heat: Vec::new(),
             target_downtime: Duration::from_millis(150),
             max_rounds: 30,
             patience: Duration::from_secs(600),

@@ -23,13 +23,19 @@ impl SourceMachine {
         // What was never sent is not stale by having been written.
         stale.subtract(&unsent);
         let rest = Rest { stale, unsent };
-        let FreezeSplit { freeze, behind } = plan::split_at_freeze(
-            &self.config.limits(),
-            &self.shares(),
-            rest,
-            &self.heat,
-            &self.pace(),
-        );
+        let FreezeSplit { freeze, behind } = if self.planned() {
+            let (memory, disks) = self.divide(&rest);
+            plan::split_as_planned(rest, &self.heat, memory, disks)
+        } else {
+            plan::split_at_freeze(
+                &self.config.limits(),
+                &self.shares(),
+                rest,
+                &self.heat,
+                &self.pace(),
+            )
+        };
+        self.divided(&freeze, &behind);
         self.figures.freeze_set = freeze.len();
         self.figures.freeze_set_disk = self.shapes.on_disks(&freeze);
         self.freeze_pending = freeze;

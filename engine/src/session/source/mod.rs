@@ -11,6 +11,7 @@ mod handover;
 mod link;
 mod messages;
 mod on_the_way;
+mod planning;
 mod postcopy;
 mod precopy;
 mod progress;
@@ -24,6 +25,7 @@ use hybridmig_transport::message::{
 };
 
 pub use config::SourceConfig;
+pub use planning::{GuestUse, PlanReport, Revision};
 pub use progress::{PhaseCount, RoundReport, SourceFigures, SourceMilestones, SourceProgress};
 use readahead::Readahead;
 
@@ -220,6 +222,7 @@ pub struct SourceMachine {
     readahead: Readahead,
     missing: Blocks,
     resumed_standing: Option<hybridmig_transport::message::Standing>,
+    planning: planning::Planning,
 
     figures: SourceFigures,
     notes: Vec<String>,
@@ -238,8 +241,12 @@ struct RoundStart {
 impl SourceMachine {
     /// A session that waits for its first link.
     pub fn new(config: SourceConfig, guest: GuestDescription, regions: Vec<RegionInfo>) -> Self {
+        let mut heat = Heat::new(&regions);
+        for (region, runs) in &config.known_heat {
+            heat.known(*region, runs);
+        }
         Self {
-            heat: Heat::new(&regions),
+            heat,
             decider: Decider::new(config.limits()),
             config,
             guest,
@@ -285,6 +292,7 @@ impl SourceMachine {
             readahead: Readahead::default(),
             missing: Blocks::new(),
             resumed_standing: None,
+            planning: planning::Planning::default(),
             figures: SourceFigures::default(),
             notes: Vec::new(),
             warnings: Vec::new(),
@@ -300,7 +308,8 @@ impl SourceMachine {
             SourceInput::Connected => self.connected(now),
             SourceInput::Disconnected { reason } => self.disconnected(now, &reason),
             SourceInput::Message(message) => self.message(now, message),
-            SourceInput::Accessed(blocks) => self.accessed(&blocks),
+            SourceInput::Accessed(blocks) => self.accessed(now, &blocks),
+            SourceInput::Sampled(samples) => self.sampled(&samples),
             SourceInput::Tracking(populated) => {
                 if self.answered(Awaited::StartTracking) && self.state == State::StartTracking {
                     self.tracking(now, populated);
@@ -357,6 +366,9 @@ impl SourceMachine {
     pub fn poll_chunk(&mut self, now: Duration, lane: Lane) -> Option<Chunk> {
         if self.link != Link::Up {
             return None;
+        }
+        if self.state == State::PostCopy {
+            self.look_again(now);
         }
         let chunk = match lane {
             Lane::Control => None,

@@ -11,6 +11,7 @@ use crate::session::io::{Chunk, Refer, SourceCommand, SourceOutcome, SourceRecor
 impl SourceMachine {
     pub(super) fn begin_postcopy(&mut self, now: Duration) {
         self.enter(State::PostCopy);
+        self.predict_freeze(now);
         if self.figures.milestones.complete.is_some() {
             self.complete(now);
         }
@@ -25,6 +26,9 @@ impl SourceMachine {
             self.figures.faults_disk += 1;
         }
         let left = self.remaining.remove(region, block);
+        if left {
+            self.asked(region, block);
+        }
         if !left && self.comes_anyway(now, region, block) {
             self.figures.faults_on_the_way += 1;
         } else if self.urgent_set.insert(region, block) {

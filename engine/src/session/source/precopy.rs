@@ -75,8 +75,9 @@ impl SourceMachine {
     }
 
     /// The guest has read or written these lately, as far as it can tell. What exists only counts.
-    pub(super) fn accessed(&mut self, blocks: &Blocks) {
-        self.heat.accessed(blocks);
+    pub(super) fn accessed(&mut self, now: Duration, blocks: &Blocks) {
+        self.heat
+            .accessed(blocks, &self.populated, now.as_secs_f64());
         if matches!(self.state, State::Round | State::Scanning) {
             self.warm(blocks);
         }
@@ -210,7 +211,13 @@ impl SourceMachine {
         };
         // A share that the operator named is sent whatever comes of it.
         let may_freeze = self.config.mode == Mode::Hybrid && !self.config.has_share();
-        if may_freeze && !midway.pays() {
+        let freeze = if self.planned() {
+            self.look(now)
+        } else {
+            self.first_look(now);
+            may_freeze && !midway.pays()
+        };
+        if freeze {
             let rest = self.left_of_round() + self.again.len() + self.resend.len();
             self.report_round(now, rest);
             self.enter(State::Draining);
@@ -255,7 +262,18 @@ impl SourceMachine {
             blocks: pre.blocks,
             bytes: pre.bytes,
         };
-        match self.decider.after_round(figures) {
+        let verdict = self.decider.after_round(figures);
+        let verdict = if self.planned() {
+            if self.look(now) {
+                Verdict::Freeze
+            } else {
+                Verdict::Round
+            }
+        } else {
+            self.first_look(now);
+            verdict
+        };
+        match verdict {
             Verdict::Round => self.enter(State::Round),
             Verdict::Freeze => self.enter(State::Draining),
             Verdict::NotConverged { reason } => {

@@ -1,0 +1,166 @@
+//! The distribution of outcomes: the fluid model under drawn parameters.
+//!
+//! What is not known exactly is drawn: the bandwidth and the round trip of the link, what the steps cost, the rates of
+//! access and of writing. Faults come at random on top: their number is overdispersed (one brings others: locality, several
+//! threads), with a variance [`CLUSTERING`] times that of a Poisson variable. Draws are the same for every plan, so that two
+//! plans differ by what they are and not by luck.
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use super::fluid::{Frozen, with_stale};
+use super::{Cost, Interval, Outcome, Prediction, Situation};
+
+/// Draws of one prediction.
+pub const DRAWS: usize = 128;
+/// Standard deviation of the logarithm of the rates of access, of all classes together.
+const ACCESS_SPREAD: f64 = 0.4;
+/// The same of the rates of writing, which are counted.
+const WRITE_SPREAD: f64 = 0.15;
+/// Variance of the number of faults over that of a Poisson variable.
+const CLUSTERING: f64 = 4.0;
+
+/// A standard normal variable (Box and Muller, 1958).
+fn normal(rng: &mut SmallRng) -> f64 {
+    let u: f64 = rng.random_range(f64::EPSILON..1.0);
+    let v: f64 = rng.random_range(0.0..std::f64::consts::TAU);
+    (-2.0 * u.ln()).sqrt() * v.cos()
+}
+
+/// A factor with mean 1 and this relative standard deviation, lognormal.
+fn factor(rng: &mut SmallRng, cv: f64) -> f64 {
+    let sigma = (1.0 + cv * cv).ln().sqrt();
+    (sigma * normal(rng) - sigma * sigma / 2.0).exp()
+}
+
+fn drawn_cost(rng: &mut SmallRng, cost: &Cost) -> Cost {
+    let cv = cost.sd / cost.mean.max(1e-6);
+    Cost {
+        mean: cost.mean * factor(rng, cv.min(3.0)),
+        ..*cost
+    }
+}
+
+/// The situation as it may be as well.
+fn drawn(situation: &Situation, rng: &mut SmallRng) -> (Situation, f64) {
+    let mut one = situation.clone();
+    one.link.bandwidth *= factor(rng, situation.link.bandwidth_cv);
+    one.link.rtt *= factor(rng, situation.link.rtt_cv);
+    let accesses = (ACCESS_SPREAD * normal(rng)).exp();
+    let writes = (WRITE_SPREAD * normal(rng)).exp();
+    for kind in [&mut one.memory, &mut one.disks] {
+        for class in &mut kind.classes {
+            class.accesses *= accesses;
+            class.writes *= writes;
+        }
+    }
+    let costs = &mut one.costs;
+    for cost in [
+        &mut costs.stop,
+        &mut costs.scan,
+        &mut costs.save,
+        &mut costs.overhead,
+        &mut costs.load,
+        &mut costs.finish,
+    ] {
+        *cost = drawn_cost(rng, cost);
+    }
+    (one, normal(rng))
+}
+
+/// What a plan comes to: `rounds` more rounds, and then a freeze in which the share of each class moves that `frozen`
+/// has of what is stale in `reached`.
+pub fn predict(
+    situation: &Situation,
+    rounds: u32,
+    reached: &Situation,
+    frozen: &Frozen,
+) -> Prediction {
+    let shares: Vec<Vec<f64>> = reached
+        .kinds()
+        .iter()
+        .zip(&frozen.0)
+        .map(|(kind, frozen)| {
+            let of = |(class, frozen): (&super::Class, &f64)| {
+                if class.stale > 0.0 {
+                    (frozen / class.stale).min(1.0)
+                } else {
+                    0.0
+                }
+            };
+            kind.classes.iter().zip(frozen).map(of).collect()
+        })
+        .collect();
+    let mut rng = SmallRng::seed_from_u64(1);
+    let mut outcomes = Vec::with_capacity(DRAWS);
+    for _ in 0..DRAWS {
+        let (mut one, luck) = drawn(situation, &mut rng);
+        let mut left = rounds;
+        while left > 0 {
+            one = one.after_round();
+            left -= 1;
+        }
+        let moved = Frozen(std::array::from_fn(|k| {
+            let classes = &one.kinds()[k].classes;
+            classes
+                .iter()
+                .zip(&shares[k])
+                .map(|(class, share)| class.stale * share)
+                .collect()
+        }));
+        outcomes.push(with_luck(one.freeze_now(&moved), luck, &one));
+    }
+    summary(&outcomes)
+}
+
+/// Fewer or more faults than expected, and what they cost.
+fn with_luck(mut outcome: Outcome, luck: f64, situation: &Situation) -> Outcome {
+    let off = luck * (CLUSTERING * outcome.faults).sqrt();
+    let faults = (outcome.faults + off).max(0.0);
+    // Each one more holds up one thread.
+    let threads = situation.memory.parallelism.max(1.0);
+    let lost = (faults - outcome.faults) * outcome.stall / threads;
+    let most = outcome.total - outcome.remote_up + outcome.downtime;
+    outcome.lost_work =
+        (outcome.lost_work + lost).clamp(outcome.downtime, most.max(outcome.downtime));
+    outcome.faults = faults;
+    outcome
+}
+
+/// Quantiles of outcomes.
+fn summary(outcomes: &[Outcome]) -> Prediction {
+    let interval = |of: fn(&Outcome) -> f64| {
+        let mut values: Vec<f64> = outcomes.iter().map(of).collect();
+        values.sort_by(f64::total_cmp);
+        let at = |share: f64| {
+            let index = share * (values.len().saturating_sub(1)) as f64;
+            values.get(index.round() as usize).copied().unwrap_or(0.0)
+        };
+        Interval {
+            mean: values.iter().sum::<f64>() / values.len().max(1) as f64,
+            p10: at(0.1),
+            p50: at(0.5),
+            p90: at(0.9),
+        }
+    };
+    Prediction {
+        total: interval(|o| o.total),
+        downtime: interval(|o| o.downtime),
+        remote_up: interval(|o| o.remote_up),
+        degradation: interval(|o| o.degradation),
+        lost_work: interval(|o| o.lost_work),
+        t95: interval(|o| o.t95),
+        bytes: interval(|o| o.bytes),
+        faults: interval(|o| o.faults),
+        stall: interval(|o| o.stall),
+    }
+}
+
+/// The same classes, none of them stale: for tests and plots.
+pub fn nothing_stale(situation: &Situation) -> Situation {
+    let mut calm = situation.clone();
+    for kind in [&mut calm.memory, &mut calm.disks] {
+        kind.classes = with_stale(&kind.classes, |_| 0.0);
+    }
+    calm
+}

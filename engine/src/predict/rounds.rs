@@ -1,0 +1,64 @@
+//! Rounds of pre-copy in expectation: what the guest makes stale while stale pages move.
+
+use super::Situation;
+use super::fluid::with_stale;
+
+/// Share of a round's bytes that are still on their way when it ends does not matter for what the guest writes; the round
+/// trip until the end is seen does.
+const CLOSING: f64 = 0.5;
+
+impl Situation {
+    /// How long moving what is stale takes, in seconds.
+    pub fn round_seconds(&self) -> f64 {
+        let bytes: f64 = self
+            .kinds()
+            .iter()
+            .map(|kind| kind.stale() * kind.bytes_per_page)
+            .sum();
+        let sending = bytes / self.link.bandwidth.max(1.0);
+        (sending + CLOSING * self.link.rtt).max(self.min_round)
+    }
+
+    /// The situation after one more round, or after what is left of the one under way.
+    ///
+    /// Pages that were current become stale by being written. Pages that were stale are sent once; those sent early can be
+    /// written again. Where the round is long enough for scans within it, what was written goes last.
+    #[must_use]
+    pub fn after_round(&self) -> Self {
+        let seconds = self.round_seconds();
+        let mut next = self.clone();
+        let scanned = seconds > 1.5 * self.scan_interval;
+        let mut bytes = 0.0;
+        for kind in [&mut next.memory, &mut next.disks] {
+            bytes += kind.stale() * kind.bytes_per_page;
+            kind.classes = with_stale(&kind.classes, |class| {
+                let rate = class.writes * seconds;
+                let current = (class.content - class.stale - class.unsent).max(0.0);
+                let again = current * -(-rate).exp_m1();
+                let exposed = if scanned {
+                    // Written before their turn: they go at the end, and have that long to be written once more.
+                    let hot = -(-rate).exp_m1();
+                    let short = class.writes * (0.5 * self.scan_interval).min(seconds);
+                    hot * -(-short).exp_m1() + (1.0 - hot) * mean_exposure(rate)
+                } else {
+                    mean_exposure(rate)
+                };
+                again + class.stale * exposed
+            });
+        }
+        next.elapsed += seconds;
+        next.precopied += seconds;
+        next.sent += bytes;
+        next
+    }
+}
+
+/// Probability that a page which is sent at some moment of an interval is written in the rest of it, `x` being the
+/// mean number of writes in all of it: 1 − (1 − e^(−x))/x.
+fn mean_exposure(x: f64) -> f64 {
+    if x < 1e-6 {
+        x / 2.0
+    } else {
+        1.0 - -(-x).exp_m1() / x
+    }
+}
