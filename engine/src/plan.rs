@@ -28,6 +28,7 @@ use hybridmig_transport::message::{Mode, RegionKind};
 
 use crate::blocks::{Blocks, RegionId};
 
+pub mod dry;
 pub mod heat;
 mod order;
 pub mod planner;

@@ -30,7 +30,7 @@ pub struct Bounds {
 
 impl Bounds {
     /// How far an outcome is beyond the limits, in seconds; 0 within them.
-    fn excess(&self, outcome: &Outcome) -> f64 {
+    pub(super) fn excess(&self, outcome: &Outcome) -> f64 {
         let over = |value: f64, limit: Option<f64>| {
             limit.map_or(0.0, |limit| (value - MARGIN * limit).max(0.0))
         };
