@@ -370,6 +370,18 @@ pub struct DemoArgs {
     /// Seed of the guest and of the link.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// As with `send`: share of memory to move before the guest resumes.
+    #[arg(long, value_name = "SHARE", value_parser = units::share)]
+    pub mem_frac: Option<f64>,
+    /// As with `send`: share of the disk's content to move before the guest resumes.
+    #[arg(long, value_name = "SHARE", value_parser = units::share)]
+    pub disk_frac: Option<f64>,
+    /// As with `send`: predict and log, decide by the simple rule.
+    #[arg(long)]
+    pub observe: bool,
+    /// Where the source keeps its journals and remembers what migrations cost [default: nowhere].
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub state_dir: Option<PathBuf>,
     /// Keep the reports of both sides in this directory.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub keep: Option<PathBuf>,

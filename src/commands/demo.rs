@@ -190,6 +190,20 @@ impl Demo {
 
     fn send(&self, peer: &Fingerprint, to: SocketAddr) -> anyhow::Result<std::process::ExitStatus> {
         let mut command = self.hybridmig("send", "a.pem", peer);
+        if let Some(directory) = &self.args.state_dir {
+            command.arg("--state-dir").arg(directory);
+        }
+        for (name, share) in [
+            ("--mem-frac", self.args.mem_frac),
+            ("--disk-frac", self.args.disk_frac),
+        ] {
+            if let Some(share) = share {
+                command.args([name, &share.to_string()]);
+            }
+        }
+        if self.args.observe {
+            command.arg("--observe");
+        }
         command
             .arg("--workload")
             .arg(self.file("a.sock"))
@@ -212,9 +226,11 @@ impl Demo {
             .arg(subcommand)
             .arg("--identity")
             .arg(self.file(identity))
-            .args(["--peer", &peer.to_string()])
-            .arg("--state-dir")
-            .arg(self.place.join(identity).with_extension("state"));
+            .args(["--peer", &peer.to_string()]);
+        if subcommand == "recv" || self.args.state_dir.is_none() {
+            let own = self.place.join(identity).with_extension("state");
+            command.arg("--state-dir").arg(own);
+        }
         command
     }
 

@@ -91,6 +91,7 @@ impl DryRun {
             scan_interval: timing.scan_interval.as_secs_f64(),
             min_round: timing.min_round.as_secs_f64(),
             watching_cost: self.guest.watching_cost,
+            rewriting: 1.0,
         }
     }
 

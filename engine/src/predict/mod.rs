@@ -99,6 +99,8 @@ pub struct Situation {
     pub min_round: f64,
     /// Share of the guest's speed that pre-copy costs it.
     pub watching_cost: f64,
+    /// What rounds have left stale, over what they were expected to: a guest that writes in order, say, is no Poisson process.
+    pub rewriting: f64,
 }
 
 /// A quantity that is not known exactly.

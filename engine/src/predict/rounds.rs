@@ -27,6 +27,7 @@ impl Situation {
     pub fn after_round(&self) -> Self {
         let seconds = self.round_seconds();
         let mut next = self.clone();
+        let rewriting = self.rewriting;
         let scanned = seconds > 1.5 * self.scan_interval;
         let mut bytes = 0.0;
         for kind in [&mut next.memory, &mut next.disks] {
@@ -43,7 +44,7 @@ impl Situation {
                 } else {
                     mean_exposure(rate)
                 };
-                again + class.stale * exposed
+                rewriting * (again + class.stale * exposed)
             });
         }
         next.elapsed += seconds;

@@ -48,6 +48,7 @@ pub(crate) fn situation(classes: &[(f64, f64, f64, f64)]) -> Situation {
         scan_interval: 1.0,
         min_round: 0.1,
         watching_cost: 0.005,
+        rewriting: 1.0,
     }
 }
 

@@ -22,6 +22,12 @@ const BANDWIDTH_CV: (f64, f64) = (0.06, 0.35);
 const RTT_CV: f64 = 0.05;
 /// Time between two looks at the plan in post-copy.
 const REPLAN: Duration = Duration::from_secs(1);
+/// Rounds in a row that gained nothing, after which none is made any more, whatever is predicted of it; and what a round
+/// must have gained, as a share.
+const UNPAYING: u32 = 2;
+const GAINED: f64 = 0.02;
+/// Scans that must have been made before the plan counts as the first one, unless the first pass is over.
+const SCANS: u32 = 2;
 /// Revisions kept.
 const MAX_REVISIONS: usize = 256;
 
@@ -82,9 +88,15 @@ pub struct PlanReport {
 }
 
 /// The planner's state in the machine.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Planning {
     pub(super) report: PlanReport,
+    /// See [`Situation::rewriting`].
+    rewriting: f64,
+    /// When the last round ended: what freezing then would have cost, and the pages that one more round was to leave stale.
+    round: Option<(f64, f64)>,
+    /// Rounds in a row that gained nothing.
+    unpaying: u32,
     /// The freeze, to be predicted in full when nobody waits.
     frozen: Option<(Situation, Frozen)>,
     /// When the plan is looked at again, after the freeze.
@@ -92,6 +104,21 @@ pub(super) struct Planning {
     /// Blocks by level that were missing then, and those of them that the guest asked for since.
     exposed: [Vec<u64>; 2],
     asked: [Vec<u64>; 2],
+}
+
+impl Default for Planning {
+    fn default() -> Self {
+        Self {
+            report: PlanReport::default(),
+            rewriting: 1.0,
+            round: None,
+            unpaying: 0,
+            frozen: None,
+            next: Duration::ZERO,
+            exposed: [Vec::new(), Vec::new()],
+            asked: [Vec::new(), Vec::new()],
+        }
+    }
 }
 
 impl SourceMachine {
@@ -164,6 +191,7 @@ impl SourceMachine {
             scan_interval: self.config.scan_interval.as_secs_f64(),
             min_round: self.config.min_round.as_secs_f64(),
             watching_cost: guest.watching_cost,
+            rewriting: self.planning.rewriting,
         }
     }
 
@@ -197,7 +225,9 @@ impl SourceMachine {
             self.pending.union_with(&unsent);
             return self.look(now);
         }
-        if self.planning.report.at_start.is_none() {
+        let known =
+            self.heat.rates(RegionKind::Memory).scans() >= SCANS || !self.figures.rounds.is_empty();
+        if known && self.planning.report.at_start.is_none() {
             self.first_plan(&situation, &choice, &bounds);
         }
         self.revise(Revision {
@@ -219,6 +249,30 @@ impl SourceMachine {
         if self.planning.report.at_start.is_none() {
             self.look(now);
         }
+    }
+
+    /// A round has ended: whether to freeze. What it came to is held against what was expected of it.
+    pub(super) fn look_after_round(&mut self, now: Duration) -> bool {
+        let situation = self.situation(now, &self.stale(), &self.heat.tally(&self.unsent));
+        let bounds = self.bounds();
+        let stale = situation.memory.stale();
+        let cost = best_freeze(&situation, &bounds).1.lost_work;
+        if let Some((before, expected)) = self.planning.round.take() {
+            let off = (stale / expected.max(1.0)).clamp(0.25, 4.0);
+            self.planning.rewriting = (self.planning.rewriting * off.sqrt()).clamp(0.25, 4.0);
+            let gained = cost < (1.0 - GAINED) * before;
+            self.planning.unpaying = if gained {
+                0
+            } else {
+                self.planning.unpaying + 1
+            };
+        }
+        let freeze = self.look(now) || self.planning.unpaying >= UNPAYING;
+        let after = self
+            .situation(now, &self.stale(), &Tally::default())
+            .after_round();
+        self.planning.round = Some((cost, after.memory.stale()));
+        freeze
     }
 
     /// Whether the guest loses less if what was not used of its disks goes before the freeze, too.

@@ -264,7 +264,7 @@ impl SourceMachine {
         };
         let verdict = self.decider.after_round(figures);
         let verdict = if self.planned() {
-            if self.look(now) {
+            if self.look_after_round(now) {
                 Verdict::Freeze
             } else {
                 Verdict::Round
