@@ -7,6 +7,7 @@
 pub mod congestion;
 pub mod engine;
 pub mod goodput;
+pub mod grid;
 pub mod interrupt;
 pub mod link;
 pub mod machine;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use hybridmig_bench::goodput::{self, Plan, Rival, Transport};
+use hybridmig_bench::grid::{self, Grid};
 use hybridmig_bench::interrupt::Interrupt;
 use hybridmig_bench::record::Record;
 use hybridmig_bench::scenario::{EMBEDDED, Scenario};
@@ -88,6 +89,30 @@ enum Command {
         /// Make a table of all results of that file.
         #[arg(long)]
         table: Option<PathBuf>,
+    },
+    /// Judge the planner: the embedded guest under it and under everything that could have been chosen instead.
+    Grid {
+        /// `default`, or a file.
+        #[arg(default_value = "default")]
+        grid: String,
+        /// Only cells whose text (`transatlantic | web`) contains this.
+        #[arg(long, default_value = "")]
+        cell: String,
+        /// Only this variant: planned, observe, precopy, postcopy, `0.95 × 1`.
+        #[arg(long)]
+        variant: Option<String>,
+        /// Repetitions, instead of the grid's.
+        #[arg(long)]
+        repetitions: Option<u32>,
+        /// File of the results, appended to [default: bench/NAME.jsonl in cargo's target directory].
+        #[arg(long)]
+        out: Option<PathBuf>,
+        /// Remove former results of this file first.
+        #[arg(long)]
+        fresh: bool,
+        /// Run nothing, only make tables and plots of the results in this directory.
+        #[arg(long)]
+        report: Option<PathBuf>,
     },
     /// List engines and scenarios, or the cells of a scenario.
     List {
@@ -183,6 +208,34 @@ fn main() -> Result<()> {
                 std::fs::write(&table, text)
                     .with_context(|| format!("cannot write {}", table.display()))?;
             }
+        }
+        Command::Grid {
+            grid,
+            cell,
+            variant,
+            repetitions,
+            out,
+            fresh,
+            report,
+        } => {
+            let mut grid = Grid::find(&grid)?;
+            grid.repetitions = repetitions.unwrap_or(grid.repetitions);
+            let out = match out {
+                Some(out) => out,
+                None => default_out(&grid.name)?,
+            };
+            if let Some(directory) = report {
+                let count = grid::write(&grid::read(&out)?, &directory, "make bench-plan")?;
+                println!("{count} runs in {}", directory.display());
+                return Ok(());
+            }
+            if fresh && out.exists() {
+                std::fs::remove_file(&out)
+                    .with_context(|| format!("cannot remove {}", out.display()))?;
+            }
+            let program = profile_dir()?.join("hybridmig");
+            let interrupt = Interrupt::catch()?;
+            grid::series(&grid, &program, &cell, variant.as_deref(), &out, &interrupt)?;
         }
         Command::List { scenario: None } => {
             println!("Engines:");

@@ -3,7 +3,7 @@
 
 mod cells;
 mod format;
-mod plot;
+pub(crate) mod plot;
 mod storage;
 mod tables;
 

@@ -24,7 +24,11 @@ pub fn all(results: &Results<'_>) -> Result<Vec<(String, String)>> {
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// Draws into a text. Plotters' errors borrow what they draw on: they go on as text.
-fn draw(width: u32, height: u32, paint: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
+pub(crate) fn draw(
+    width: u32,
+    height: u32,
+    paint: impl FnOnce(&Area<'_>) -> Result<()>,
+) -> Result<String> {
     let mut svg = String::new();
     {
         let area = SVGBackend::with_string(&mut svg, (width, height)).into_drawing_area();
@@ -35,21 +39,27 @@ fn draw(width: u32, height: u32, paint: impl FnOnce(&Area<'_>) -> Result<()>) ->
     Ok(svg)
 }
 
-fn problem(error: impl std::fmt::Display) -> anyhow::Error {
+pub(crate) fn problem(error: impl std::fmt::Display) -> anyhow::Error {
     anyhow!("a plot cannot be drawn: {error}")
 }
 
 /// Writes a line of text with its upper left corner at `at`.
-fn write(area: &Area<'_>, text: &str, at: (i32, i32), size: i32, color: RGBColor) -> Result<()> {
+pub(crate) fn write(
+    area: &Area<'_>,
+    text: &str,
+    at: (i32, i32),
+    size: i32,
+    color: RGBColor,
+) -> Result<()> {
     let style = ("sans-serif", size).into_font().color(&color);
     area.draw(&Text::new(text.to_owned(), at, style))
         .map_err(problem)
 }
 
 /// Text that is not a figure.
-const INK: RGBColor = RGBColor(60, 60, 60);
+pub(crate) const INK: RGBColor = RGBColor(60, 60, 60);
 /// Lines that only guide the eye.
-const FAINT: RGBColor = RGBColor(225, 225, 225);
+pub(crate) const FAINT: RGBColor = RGBColor(225, 225, 225);
 
 /// Shades of blue for hybridmig, warm and green ones for the others, the same in every plot.
 fn color(engine: &str) -> RGBColor {
