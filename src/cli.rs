@@ -2,6 +2,7 @@
 //! `commands/`.
 
 mod netem;
+mod plan;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,6 +17,8 @@ use hybridmig_transport::identity::Fingerprint;
 use hybridmig_transport::message::{Mode, SessionId};
 
 use crate::units;
+
+pub use plan::PlanArgs;
 
 pub use netem::{
     EndArg, NetemArgs, NetemCheckArgs, NetemCommand, NetemEnterArgs, NetemRunArgs, NetemShowArgs,
@@ -58,6 +61,8 @@ pub enum Command {
     Recv(RecvArgs),
     /// Check whether a guest could be moved, without touching it.
     Check(CheckArgs),
+    /// Tell how a guest would be moved and what it would come to, without moving it.
+    Plan(Box<PlanArgs>),
     /// Make or show this host's identity.
     Keys(KeysArgs),
     /// Move an embedded guest between two processes of this machine over an emulated link.

@@ -19,3 +19,4 @@ pub mod run;
 pub mod scenario;
 pub mod series;
 pub mod storage;
+pub mod virtual_clock;

@@ -9,7 +9,7 @@ use hybridmig_bench::grid::{self, Grid};
 use hybridmig_bench::interrupt::Interrupt;
 use hybridmig_bench::record::Record;
 use hybridmig_bench::scenario::{EMBEDDED, Scenario};
-use hybridmig_bench::{engine, report, series};
+use hybridmig_bench::{engine, report, series, virtual_clock};
 use hybridmig_netem::LinkSpec;
 use hybridmig_tests::profile_dir;
 
@@ -114,6 +114,24 @@ enum Command {
         #[arg(long)]
         report: Option<PathBuf>,
     },
+    /// The same under a virtual clock: a fine sweep of fixed shares in some minutes.
+    Virtual {
+        /// `default`, or a file.
+        #[arg(default_value = "default")]
+        grid: String,
+        /// Only cells whose text contains this.
+        #[arg(long, default_value = "")]
+        cell: String,
+        /// Seeds of each.
+        #[arg(long, default_value_t = 3)]
+        seeds: u64,
+        /// File of the results, one line of JSON a run.
+        #[arg(long)]
+        out: Option<PathBuf>,
+        /// Instead: hold it against real runs, results of `bench grid`.
+        #[arg(long)]
+        against: Option<PathBuf>,
+    },
     /// List engines and scenarios, or the cells of a scenario.
     List {
         /// A scenario's name or file.
@@ -208,6 +226,30 @@ fn main() -> Result<()> {
                 std::fs::write(&table, text)
                     .with_context(|| format!("cannot write {}", table.display()))?;
             }
+        }
+        Command::Virtual {
+            grid,
+            cell,
+            seeds,
+            out,
+            against,
+        } => {
+            if let Some(real) = against {
+                let mut runs = grid::read(&real)?;
+                runs.retain(|run| run.cell.to_string().contains(&cell));
+                print!("{}", virtual_clock::compare(&runs)?);
+                return Ok(());
+            }
+            let mut grid = Grid::find(&grid)?;
+            grid.keep(&cell);
+            let lines = virtual_clock::sweep(&grid, seeds)?;
+            if let Some(out) = out {
+                let lines: Result<Vec<String>, _> =
+                    lines.iter().map(serde_json::to_string).collect();
+                std::fs::write(&out, lines?.join("\n") + "\n")
+                    .with_context(|| format!("cannot write {}", out.display()))?;
+            }
+            print!("{}", virtual_clock::table(&lines));
         }
         Command::Grid {
             grid,

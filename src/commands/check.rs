@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use hybridmig_engine::driver;
-use hybridmig_engine::driver::source::{self, SourceJob};
+use hybridmig_engine::driver::source::{self, SourceJob, SourceRun};
+use hybridmig_engine::guest::SourceGuest;
 use hybridmig_engine::guest::qemu::inspect;
 use hybridmig_engine::guest::qemu::preflight::{Finding, Level, Side};
 use hybridmig_engine::session::io::SourceOutcome;
@@ -17,7 +18,7 @@ use tokio::sync::watch;
 
 use super::send::{new_session, open};
 use super::{ONCE_MORE, cancel_on_signals, exit, identity_and_trust, leave, resolve_host, runtime};
-use crate::cli::CheckArgs;
+use crate::cli::{CheckArgs, TrustArgs};
 
 /// Checks this side, and the other where one is named.
 pub fn run(args: CheckArgs) -> anyhow::Result<ExitCode> {
@@ -77,13 +78,34 @@ fn local(args: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
 
 /// Asks the destination, in its own words.
 fn remote(args: &CheckArgs, to: &str) -> anyhow::Result<Vec<Finding>> {
-    let (identity, trust) = identity_and_trust(&args.trust)?;
     let guest = open(&args.guest, args.disks.choice())?;
+    let outcome = ask(guest, &args.trust, to)?.outcome;
+    let finding = |level, text: String| Finding { level, text };
+    Ok(match outcome {
+        SourceOutcome::Checked { notes } => std::iter::once(format!("{to} is reached and trusted"))
+            .chain(notes)
+            .map(|text| finding(Level::Ok, text))
+            .collect(),
+        SourceOutcome::Refused(refusal) => refusal
+            .reasons
+            .into_iter()
+            .map(|text| finding(Level::Refuse, text))
+            .collect(),
+        other => vec![finding(
+            Level::Refuse,
+            format!("{to} did not finish the check: {other:?}"),
+        )],
+    })
+}
+
+/// Lets the `recv` that waits at `to` check a guest; nothing moves.
+pub fn ask(guest: Arc<dyn SourceGuest>, trust: &TrustArgs, to: &str) -> anyhow::Result<SourceRun> {
+    let (identity, trust) = identity_and_trust(trust)?;
     let config = SourceConfig {
         check_only: true,
         ..SourceConfig::new(new_session()?, Mode::Hybrid)
     };
-    let outcome = runtime()?.block_on(async {
+    runtime()?.block_on(async {
         let cancel = cancel_on_signals(ONCE_MORE)?;
         let target = resolve_host(to).await?;
         let endpoint = Arc::new(Endpoint::client(
@@ -104,23 +126,6 @@ fn remote(args: &CheckArgs, to: &str) -> anyhow::Result<Vec<Finding>> {
         let run = source::run(job, cancel, progress).await;
         let known = matches!(&run, Ok(run) if matches!(run.outcome, SourceOutcome::Checked { .. }));
         leave(&endpoint, known).await;
-        run.map(|run| run.outcome)
-            .with_context(|| format!("cannot ask {to}"))
-    })?;
-    let finding = |level, text: String| Finding { level, text };
-    Ok(match outcome {
-        SourceOutcome::Checked { notes } => std::iter::once(format!("{to} is reached and trusted"))
-            .chain(notes)
-            .map(|text| finding(Level::Ok, text))
-            .collect(),
-        SourceOutcome::Refused(refusal) => refusal
-            .reasons
-            .into_iter()
-            .map(|text| finding(Level::Refuse, text))
-            .collect(),
-        other => vec![finding(
-            Level::Refuse,
-            format!("{to} did not finish the check: {other:?}"),
-        )],
+        run.with_context(|| format!("cannot ask {to}"))
     })
 }

@@ -10,7 +10,7 @@ use hybridmig_engine::guest::SourceGuest;
 use hybridmig_engine::guest::qemu::disk::DiskChoice;
 use hybridmig_engine::guest::qemu::{QemuSource, QemuSourceOptions};
 use hybridmig_engine::guest::workload::WorkloadSource;
-use hybridmig_engine::predict::costs::Remembered;
+use hybridmig_engine::predict::costs::{LinkSeen, Remembered};
 use hybridmig_engine::session::io::SourceOutcome;
 use hybridmig_engine::session::source::SourceConfig;
 use hybridmig_transport::endpoint::Endpoint;
@@ -79,7 +79,16 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
         run.context("nothing was moved; the guest was not touched")
     })?;
     if let Some(costs) = run.learned {
-        if let Err(error) = remembered.keep(&costs_in, &kind, costs) {
+        if let Some(link) = &run.report.link {
+            let seen = LinkSeen {
+                bandwidth: link.bandwidth,
+                rtt: link.min_rtt_ms / 1e3,
+                loss: link.loss,
+                unix: run.report.started_unix,
+            };
+            remembered.learn(&kind, costs, &args.to, seen);
+        }
+        if let Err(error) = remembered.keep(&costs_in) {
             tracing::warn!("what this migration cost cannot be kept: {error}");
         }
     }

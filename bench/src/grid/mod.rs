@@ -13,7 +13,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-pub use report::write;
+pub use report::{median, write};
 pub use run::series;
 
 /// The grid that this program brings along.
@@ -39,6 +39,9 @@ pub struct Grid {
     pub planned_times: u32,
     /// Links, with the sizes of guests that take some seconds on them.
     pub links: Vec<GridLink>,
+    /// See [`Self::keep`].
+    #[serde(skip)]
+    only: String,
 }
 
 /// A link and the guest's sizes on it.
@@ -80,16 +83,22 @@ impl Grid {
         Ok(grid)
     }
 
+    /// Leaves only cells whose text contains this.
+    pub fn keep(&mut self, cell: &str) {
+        self.only = cell.to_owned();
+    }
+
     /// Every profile on every link.
     pub fn cells(&self) -> impl Iterator<Item = Cell> + '_ {
-        self.links.iter().flat_map(|link| {
+        let all = self.links.iter().flat_map(|link| {
             self.profiles.iter().map(|profile| Cell {
                 link: link.link.clone(),
                 profile: profile.clone(),
                 memory_mib: link.memory_mib,
                 disk_mib: link.disk_mib,
             })
-        })
+        });
+        all.filter(|cell| cell.to_string().contains(&self.only))
     }
 
     /// Every way to move a guest.

@@ -121,12 +121,41 @@ impl Costs {
 
 /// Name of the file in the state directory.
 const FILE: &str = "costs.json";
-/// Kinds of guests kept.
+/// Kinds of guests and destinations kept.
 const MAX_KINDS: usize = 64;
+const MAX_LINKS: usize = 1024;
 
-/// What is remembered of every kind of guest that was moved from here.
+/// A link, as it was last.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinkSeen {
+    /// Bytes per second.
+    pub bandwidth: f64,
+    /// Smallest round trip in seconds.
+    pub rtt: f64,
+    /// Share of packets lost, 0 to 1.
+    pub loss: f64,
+    /// When, in seconds since 1970.
+    pub unix: f64,
+}
+
+impl LinkSeen {
+    fn is_sound(&self) -> bool {
+        let sound = |value: f64, most: f64| value.is_finite() && (0.0..=most).contains(&value);
+        sound(self.bandwidth, 1e12)
+            && sound(self.rtt, 60.0)
+            && sound(self.loss, 1.0)
+            && sound(self.unix, 1e11)
+    }
+}
+
+/// What is remembered of migrations from this host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Remembered(BTreeMap<String, Costs>);
+pub struct Remembered {
+    /// By kind of guest: what the steps cost.
+    guests: BTreeMap<String, Costs>,
+    /// By destination, as it was named.
+    links: BTreeMap<String, LinkSeen>,
+}
 
 impl Remembered {
     /// Reads the file of a state directory. What cannot be read or is not sound counts as not remembered: the reason
@@ -147,7 +176,8 @@ impl Remembered {
         };
         match serde_json::from_str::<Self>(&text) {
             Ok(mut remembered) => {
-                remembered.0.retain(|_, costs| costs.is_sound());
+                remembered.guests.retain(|_, costs| costs.is_sound());
+                remembered.links.retain(|_, link| link.is_sound());
                 (remembered, None)
             }
             Err(error) => (
@@ -159,30 +189,40 @@ impl Remembered {
 
     /// The costs of a kind of guest.
     pub fn of(&self, guest_kind: &str) -> Costs {
-        let known = self.0.get(guest_kind).copied();
+        let known = self.guests.get(guest_kind).copied();
         known.unwrap_or_else(|| Costs::assumed(guest_kind))
     }
 
-    /// Keeps what is known now.
+    /// The link to a destination, if a guest went there before.
+    pub fn link(&self, destination: &str) -> Option<LinkSeen> {
+        self.links.get(destination).copied()
+    }
+
+    /// Takes in what a migration has shown. Of too many kinds and destinations new ones are passed over.
+    pub fn learn(&mut self, guest_kind: &str, costs: Costs, destination: &str, link: LinkSeen) {
+        if costs.is_sound() && has_room(&self.guests, guest_kind, MAX_KINDS) {
+            self.guests.insert(guest_kind.to_owned(), costs);
+        }
+        if link.is_sound() && has_room(&self.links, destination, MAX_LINKS) {
+            self.links.insert(destination.to_owned(), link);
+        }
+    }
+
+    /// Writes the file.
     ///
     /// # Errors
-    /// Where the file cannot be written.
-    pub fn keep(
-        &mut self,
-        state_dir: &Path,
-        guest_kind: &str,
-        costs: Costs,
-    ) -> std::io::Result<()> {
-        if !costs.is_sound() || (self.0.len() >= MAX_KINDS && !self.0.contains_key(guest_kind)) {
-            return Ok(());
-        }
-        self.0.insert(guest_kind.to_owned(), costs);
+    /// Where it cannot be written.
+    pub fn keep(&self, state_dir: &Path) -> std::io::Result<()> {
         let path = state_dir.join(FILE);
         // Another session may do the same: the last one wins, and a reader sees one or the other whole.
         let new = state_dir.join(format!("{FILE}.{}", std::process::id()));
         std::fs::write(&new, serde_json::to_vec_pretty(&self)?)?;
         std::fs::rename(&new, &path)
     }
+}
+
+fn has_room<T>(known: &BTreeMap<String, T>, name: &str, most: usize) -> bool {
+    known.len() < most || known.contains_key(name)
 }
 
 #[cfg(test)]
@@ -217,14 +257,23 @@ mod tests {
             (remembered.of("qemu"), error),
             (Costs::assumed("qemu"), None)
         );
-        remembered.keep(place.path(), "qemu", costs).unwrap();
+        let link = LinkSeen {
+            bandwidth: 25e6,
+            rtt: 0.1,
+            loss: 0.01,
+            unix: 1e9,
+        };
+        remembered.learn("qemu", costs, "far:4433", link);
+        remembered.keep(place.path()).unwrap();
         let (again, error) = Remembered::read(place.path());
         assert_eq!(error, None);
         assert!((again.of("qemu").start.mean - costs.start.mean).abs() < 1e-12);
         assert_eq!(again.of("qemu").start.seen, 1);
+        assert_eq!(again.link("far:4433"), Some(link));
+        assert_eq!(again.link("near:4433"), None);
         assert_eq!(again.of("workload"), Costs::assumed("workload"));
         let mut wild = serde_json::to_value(&again).unwrap();
-        wild["qemu"]["load"]["mean"] = (-1.0).into();
+        wild["guests"]["qemu"]["load"]["mean"] = (-1.0).into();
         std::fs::write(place.path().join(FILE), wild.to_string()).unwrap();
         assert_eq!(
             Remembered::read(place.path()).0.of("qemu"),

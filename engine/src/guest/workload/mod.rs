@@ -26,10 +26,15 @@ mod wire;
 mod workers;
 
 pub use destination::WorkloadDestination;
-pub use disk::{DiskSpec, MAX_DISK_BYTES, MIN_DISK_BYTES, Served};
+pub use disk::{
+    DiskPattern, DiskPatternState, DiskSpec, MAX_DISK_BYTES, MIN_DISK_BYTES, Operation,
+    OperationKind, Served,
+};
 pub use launch::Launch;
 pub use memory::SharedMemory;
 pub use options::{GuestOptions, MAX_BYTES, MIN_BYTES};
+pub use partition::Partition;
+pub use pattern::{Access, Pattern, PatternState, mix};
 pub use process::{Ending, GuestProcessError, run};
 pub use profile::{ContentShares, PhaseSpec, Profile, ProfileSpec};
 pub use source::WorkloadSource;

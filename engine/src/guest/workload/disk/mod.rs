@@ -31,7 +31,7 @@ use super::pages::PAGE;
 pub use io::DiskIo;
 pub use left::DiskLeft;
 pub use marks::DiskMarks;
-pub use pattern::{DiskPattern, DiskPatternState};
+pub use pattern::{DiskPattern, DiskPatternState, Kind as OperationKind, Operation};
 pub use share::{DiskContents, DiskHand, DiskWorkerState, Share, Trouble, table_pages};
 pub use spec::DiskSpec;
 

@@ -1,0 +1,552 @@
+//! The clock, the events, and both machines with what their drivers would do for them.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use hybridmig_engine::blocks::{Blocks, RegionId};
+use hybridmig_engine::predict::Costs;
+use hybridmig_engine::session::destination::{DestinationConfig, DestinationMachine};
+use hybridmig_engine::session::io::{
+    AppliedBatch, Chunk, ChunkBody, DestinationCommand, DestinationInput, DestinationOutcome, Lane,
+    LinkFigures, SourceCommand, SourceInput, SourceOutcome,
+};
+use hybridmig_engine::session::ledger::Ledger;
+use hybridmig_engine::session::source::{GuestUse, SourceConfig, SourceMachine};
+use hybridmig_transport::message::{
+    GuestDescription, Message, Mode, RegionInfo, RegionKind, SessionId,
+};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+
+use super::guest::{Block, Guest};
+use super::link::Direction;
+use super::{Came, Setting, Steps, seconds};
+
+/// A step of the guest.
+const TICK: Duration = Duration::from_millis(1);
+/// How long the guest runs before the session begins.
+const BEFORE: Duration = Duration::from_secs(4);
+/// Round trips that dialling takes, and after which the window is open.
+const DIAL: f64 = 2.0;
+const START: f64 = 7.0;
+/// Time between two looks at the link.
+const FIGURES: Duration = Duration::from_millis(100);
+/// No migration takes longer.
+const LONGEST: Duration = Duration::from_secs(1200);
+/// Encoding a batch, and applying it, in seconds per page.
+const PER_PAGE: f64 = 12e-6;
+/// Length of the device state of the embedded guest.
+const STATE: u64 = 4000;
+
+enum Event {
+    Tick,
+    Figures,
+    SourceDone,
+    DestinationDone,
+    ToSource(Message),
+    ToDestination(Message),
+    Encoded(Chunk),
+    Batch(Batch),
+    Applied(AppliedBatch),
+    Poll,
+}
+
+struct Batch {
+    id: u64,
+    pass: u32,
+    blocks: Vec<(Block, u32)>,
+    state: u64,
+}
+
+/// One migration under the clock.
+pub struct World {
+    setting: Setting,
+    steps: Steps,
+    rng: SmallRng,
+    now: Duration,
+    events: BinaryHeap<Reverse<(Duration, u64)>>,
+    due: BTreeMap<u64, Event>,
+    sequence: u64,
+    guest: Guest,
+    source: SourceMachine,
+    destination: DestinationMachine,
+    links: [Direction; 2],
+    source_jobs: VecDeque<SourceCommand>,
+    destination_jobs: VecDeque<DestinationCommand>,
+    working: [bool; 2],
+    encoding: [usize; 4],
+    ledger: Option<Ledger>,
+    armed: bool,
+    missing: Blocks,
+    sent_before: Blocks,
+    outcome: Option<SourceOutcome>,
+    ended: bool,
+    frozen: Option<Duration>,
+    resumed: Option<Duration>,
+    complete: Option<Duration>,
+    working_set: u64,
+    faults: u64,
+    polled: Option<Duration>,
+}
+
+impl World {
+    /// A guest that has run for some seconds, and a session that is about to begin.
+    pub fn new(setting: Setting, steps: Steps, costs: Costs) -> Self {
+        let mut guest = Guest::new(&setting);
+        let mut warm = Duration::ZERO;
+        while warm < BEFORE {
+            warm += TICK;
+            guest.run(warm, TICK);
+        }
+        guest.take_dirty();
+        let kinds = [
+            (RegionKind::Memory, "ram", 4096),
+            (RegionKind::Disk, "disk", 65_536),
+        ];
+        let regions: Vec<RegionInfo> = guest
+            .blocks()
+            .into_iter()
+            .zip(kinds)
+            .enumerate()
+            .map(|(id, (blocks, (kind, name, block_size)))| RegionInfo {
+                id: RegionId(id as u16),
+                kind,
+                name: name.to_owned(),
+                blocks,
+                block_size,
+            })
+            .collect();
+        let disks: Vec<f64> = guest.workers[setting.threads as usize..]
+            .iter()
+            .map(|w| w.weight)
+            .collect();
+        let config = SourceConfig {
+            mem_frac: setting.mem_frac,
+            disk_frac: setting.disk_frac,
+            observe: setting.observe,
+            costs,
+            guest: GuestUse {
+                parallelism: setting.threads,
+                disk_parallelism: disks.len().max(1) as f64,
+                disk_weight: disks.iter().sum(),
+                ..GuestUse::default()
+            },
+            ..SourceConfig::new(SessionId([7; 8]), setting.mode)
+        };
+        let description = GuestDescription {
+            kind: "model".into(),
+            name: "guest".into(),
+            facts: BTreeMap::new(),
+        };
+        let links = [
+            Direction::new(&setting.link, true),
+            Direction::new(&setting.link, false),
+        ];
+        Self {
+            rng: SmallRng::seed_from_u64(setting.seed),
+            steps,
+            now: Duration::ZERO,
+            events: BinaryHeap::new(),
+            due: BTreeMap::new(),
+            sequence: 0,
+            guest,
+            source: SourceMachine::new(config, description, regions),
+            destination: DestinationMachine::new(DestinationConfig::default()),
+            links,
+            source_jobs: VecDeque::new(),
+            destination_jobs: VecDeque::new(),
+            working: [false; 2],
+            encoding: [0; 4],
+            ledger: None,
+            armed: false,
+            missing: Blocks::new(),
+            sent_before: Blocks::new(),
+            outcome: None,
+            ended: false,
+            frozen: None,
+            resumed: None,
+            complete: None,
+            working_set: 0,
+            faults: 0,
+            polled: None,
+            setting,
+        }
+    }
+
+    /// Runs it to its end. `Ok(None)`: pre-copy did not converge.
+    ///
+    /// # Errors
+    /// Where it ends in any other way, or not at all.
+    pub fn run(mut self) -> Result<Option<Came>> {
+        let rtt = self.links[0].rtt(&self.links[1]);
+        self.now = rtt.mul_f64(DIAL);
+        self.links[0].begin(rtt.mul_f64(START));
+        self.destination
+            .handle(self.now, DestinationInput::Connected);
+        self.source.handle(self.now, SourceInput::Connected);
+        self.at(self.now, Event::Tick);
+        self.at(self.now, Event::Figures);
+        self.pump();
+        while self.outcome.is_none() || !self.ended {
+            let timeouts = [self.source.poll_timeout(), self.destination.poll_timeout()];
+            let timeout = timeouts.into_iter().flatten().min();
+            let event = self.events.peek().map(|Reverse((at, _))| *at);
+            let next = [timeout, event].into_iter().flatten().min();
+            let next = next.context("nothing will ever happen again")?;
+            self.now = self.now.max(next);
+            if self.now > LONGEST {
+                bail!("no end after {LONGEST:?}");
+            }
+            if timeout.is_some_and(|at| at <= self.now) {
+                self.source.handle(self.now, SourceInput::Timeout);
+                self.destination.handle(self.now, DestinationInput::Timeout);
+            } else if let Some(Reverse((_, id))) = self.events.pop()
+                && let Some(event) = self.due.remove(&id)
+            {
+                self.event(event);
+            }
+            self.pump();
+            if let Some(SourceOutcome::NotConverged { .. }) = self.outcome {
+                return Ok(None);
+            }
+        }
+        match &self.outcome {
+            Some(SourceOutcome::Moved) => self.came().map(Some),
+            other => bail!("it ends as {other:?}"),
+        }
+    }
+
+    fn came(&self) -> Result<Came> {
+        self.guest.check();
+        let frozen = self.frozen.context("never frozen")?;
+        let resumed = self.resumed.context("never resumed")?;
+        let downtime = resumed.saturating_sub(frozen).as_secs_f64();
+        let waited: f64 = self
+            .guest
+            .workers
+            .iter()
+            .map(|worker| worker.weight * worker.waited.as_secs_f64())
+            .sum();
+        let figures = self.source.figures();
+        Ok(Came {
+            total: self.now.as_secs_f64(),
+            downtime,
+            remote_up: resumed.as_secs_f64(),
+            lost_work: downtime + waited,
+            bytes: figures.bytes(),
+            faults: self.faults,
+            rounds: figures.rounds.len(),
+            freeze_set: figures.freeze_set,
+            behind: figures.behind,
+            working_set: self.working_set,
+            prediction: self.source.plan_report().into(),
+        })
+    }
+
+    fn at(&mut self, at: Duration, event: Event) {
+        self.sequence += 1;
+        self.due.insert(self.sequence, event);
+        self.events.push(Reverse((at, self.sequence)));
+    }
+
+    fn after(&mut self, wait: f64, event: Event) {
+        self.at(self.now + seconds(wait), event);
+    }
+
+    fn pump(&mut self) {
+        loop {
+            let mut idle = true;
+            while let Some(command) = self.source.poll_command() {
+                idle = false;
+                match command {
+                    SourceCommand::Send(message) => {
+                        let at = self.links[0].send(self.now, Lane::Control, 120.0, &mut self.rng);
+                        self.at(at, Event::ToDestination(message));
+                    }
+                    SourceCommand::CloseLink { .. } => {}
+                    SourceCommand::Finish(outcome) => self.outcome = Some(outcome),
+                    job => self.source_jobs.push_back(job),
+                }
+            }
+            while let Some(command) = self.destination.poll_command() {
+                idle = false;
+                match command {
+                    DestinationCommand::Send(message) => {
+                        let at = self.links[1].send(self.now, Lane::Control, 120.0, &mut self.rng);
+                        self.at(at, Event::ToSource(message));
+                    }
+                    DestinationCommand::Fetch { region, blocks } => {
+                        let at = self.links[1].send(self.now, Lane::Urgent, 60.0, &mut self.rng);
+                        self.at(at, Event::ToSource(Message::Fetch { region, blocks }));
+                    }
+                    DestinationCommand::CloseLink { .. } => {}
+                    DestinationCommand::Finish(outcome) => {
+                        self.ended = true;
+                        assert_eq!(outcome, DestinationOutcome::Moved);
+                    }
+                    job => self.destination_jobs.push_back(job),
+                }
+            }
+            self.lanes(&mut idle);
+            self.start_jobs();
+            if idle {
+                return;
+            }
+        }
+    }
+
+    fn lanes(&mut self, idle: &mut bool) {
+        for lane in [Lane::Urgent, Lane::Freeze, Lane::Bulk] {
+            while self.encoding[lane as usize] < 2 {
+                if lane == Lane::Bulk && self.links[0].is_busy(self.now) {
+                    let free = self.links[0].free();
+                    if self.polled.is_none_or(|at| at <= self.now) {
+                        self.polled = Some(free);
+                        self.at(free, Event::Poll);
+                    }
+                    break;
+                }
+                let Some(chunk) = self.source.poll_chunk(self.now, lane) else {
+                    break;
+                };
+                *idle = false;
+                self.encoding[lane as usize] += 1;
+                let takes = pages(&chunk) * PER_PAGE;
+                self.after(takes, Event::Encoded(chunk));
+            }
+        }
+    }
+
+    fn start_jobs(&mut self) {
+        let steps = self.steps;
+        if !self.working[0]
+            && let Some(job) = self.source_jobs.front()
+        {
+            let takes = match job {
+                SourceCommand::Scan => steps.scan,
+                SourceCommand::Freeze => steps.stop,
+                SourceCommand::SaveState => steps.save,
+                SourceCommand::Journal(_) => steps.journal,
+                _ => 0.002,
+            };
+            if matches!(job, SourceCommand::Freeze) {
+                self.frozen = Some(self.now);
+                self.working_set = self.guest.working_set(self.now + BEFORE);
+                self.guest.runs_here = false;
+            }
+            self.working[0] = true;
+            self.after(takes, Event::SourceDone);
+        }
+        if !self.working[1]
+            && let Some(job) = self.destination_jobs.front()
+        {
+            let takes = match job {
+                DestinationCommand::Prepare(_) => steps.prepare,
+                DestinationCommand::Arm { .. } => steps.arm,
+                DestinationCommand::LoadState { .. } => steps.load,
+                DestinationCommand::Journal(_) => steps.journal,
+                DestinationCommand::Resume => steps.resume,
+                _ => 0.002,
+            };
+            self.working[1] = true;
+            self.after(takes, Event::DestinationDone);
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Poll => self.polled = None,
+            Event::Tick => {
+                if self.guest.runs_here || self.guest.runs_there {
+                    for (region, block) in self.guest.run(self.now + BEFORE, TICK) {
+                        self.destination
+                            .handle(self.now, DestinationInput::Fault { region, block });
+                    }
+                }
+                if self.complete.is_none() {
+                    self.after(TICK.as_secs_f64(), Event::Tick);
+                }
+            }
+            Event::Figures => {
+                let rtt = self.links[0].rtt(&self.links[1]);
+                let figures = LinkFigures {
+                    rtt,
+                    min_rtt: rtt,
+                    bandwidth: self.links[0].rate,
+                    loss: self.links[0].loss,
+                    ..LinkFigures::default()
+                };
+                self.source.handle(self.now, SourceInput::Link(figures));
+                if self.complete.is_none() {
+                    self.after(FIGURES.as_secs_f64(), Event::Figures);
+                }
+            }
+            Event::ToSource(message) => {
+                if matches!(message, Message::Fetch { .. }) {
+                    self.faults += 1;
+                }
+                self.source.handle(self.now, SourceInput::Message(message));
+            }
+            Event::ToDestination(message) => {
+                self.destination
+                    .handle(self.now, DestinationInput::Message(message));
+            }
+            Event::SourceDone => self.source_done(),
+            Event::DestinationDone => self.destination_done(),
+            Event::Encoded(chunk) => self.encoded(chunk),
+            Event::Batch(batch) => self.apply(batch),
+            Event::Applied(applied) => {
+                self.destination
+                    .handle(self.now, DestinationInput::Applied(applied));
+            }
+        }
+    }
+
+    fn source_done(&mut self) {
+        self.working[0] = false;
+        let Some(job) = self.source_jobs.pop_front() else {
+            return;
+        };
+        let look = matches!(job, SourceCommand::StartTracking | SourceCommand::Scan);
+        if look && self.guest.runs_here {
+            let accessed = self.guest.accessed(self.now + BEFORE);
+            self.source
+                .handle(self.now, SourceInput::Accessed(accessed));
+        }
+        let answer = match job {
+            SourceCommand::StartTracking => {
+                self.guest.take_dirty();
+                SourceInput::Tracking(self.guest.content())
+            }
+            SourceCommand::Scan => SourceInput::Dirty(self.guest.take_dirty()),
+            SourceCommand::Freeze => SourceInput::Frozen,
+            SourceCommand::SaveState => SourceInput::StateSaved {
+                len: STATE,
+                hash: [1; 32],
+            },
+            SourceCommand::Journal(_) => SourceInput::Journaled,
+            SourceCommand::Thaw => SourceInput::Thawed,
+            SourceCommand::Release => SourceInput::Released,
+            SourceCommand::Send(_) | SourceCommand::CloseLink { .. } | SourceCommand::Finish(_) => {
+                return;
+            }
+        };
+        self.source.handle(self.now, answer);
+    }
+
+    fn destination_done(&mut self) {
+        self.working[1] = false;
+        let Some(job) = self.destination_jobs.pop_front() else {
+            return;
+        };
+        let answer = match job {
+            DestinationCommand::Check(_) => DestinationInput::Checked(Ok(Vec::new())),
+            DestinationCommand::Prepare(offer) => {
+                self.ledger = Some(Ledger::new(&offer.regions));
+                DestinationInput::Prepared
+            }
+            DestinationCommand::Arm {
+                behind,
+                postcopy_pass,
+            } => {
+                let ledger = self.ledger.as_mut().expect("prepared before");
+                self.missing = ledger.missing_at_handover(&behind, postcopy_pass);
+                self.guest.trapped = self.missing.clone();
+                self.armed = true;
+                DestinationInput::Armed {
+                    missing: self.missing.clone(),
+                }
+            }
+            DestinationCommand::LoadState { .. } => DestinationInput::Loaded,
+            DestinationCommand::Journal(_) => DestinationInput::Journaled,
+            DestinationCommand::Resume => {
+                self.guest.runs_there = true;
+                self.resumed = Some(self.now);
+                DestinationInput::Resumed
+            }
+            DestinationCommand::Disarm => {
+                assert!(self.guest.trapped.is_empty());
+                self.complete = Some(self.now);
+                DestinationInput::Disarmed
+            }
+            DestinationCommand::Abandon => DestinationInput::Abandoned,
+            _ => return,
+        };
+        self.destination.handle(self.now, answer);
+    }
+
+    fn encoded(&mut self, chunk: Chunk) {
+        self.encoding[chunk.lane as usize] -= 1;
+        let (mut blocks, mut state, mut bytes) = (Vec::new(), 0, 30.0);
+        match chunk.body {
+            ChunkBody::Blocks { region, blocks: of } => {
+                for number in of {
+                    let block = (region, number);
+                    let again = self.setting.mode != Mode::Postcopy
+                        && self.guest.runs_here | !self.armed
+                        && !self.sent_before.insert(region, number);
+                    bytes += self.guest.wire_bytes(block, again) + 4.0;
+                    blocks.push((block, self.guest.version(block)));
+                }
+            }
+            ChunkBody::State { len, .. } => {
+                state = u64::from(len);
+                bytes += f64::from(len) * 0.5;
+            }
+        }
+        let batch = Batch {
+            id: chunk.batch,
+            pass: chunk.pass,
+            blocks,
+            state,
+        };
+        let at = self.links[0].send(self.now, chunk.lane, bytes, &mut self.rng);
+        let takes = batch.blocks.len() as f64 * PER_PAGE / 2.0;
+        self.at(at + seconds(takes), Event::Batch(batch));
+        let bytes = bytes as u64;
+        self.source.handle(
+            self.now,
+            SourceInput::Sent {
+                batch: chunk.batch,
+                bytes,
+            },
+        );
+    }
+
+    fn apply(&mut self, batch: Batch) {
+        let Some(ledger) = &mut self.ledger else {
+            return;
+        };
+        let mut applied = AppliedBatch {
+            batch: batch.id,
+            ..AppliedBatch::default()
+        };
+        let _ = batch.state;
+        for (block, version) in batch.blocks {
+            let admitted = ledger.admit(block.0, block.1, batch.pass);
+            if !admitted.expect("the source names blocks that exist") {
+                continue;
+            }
+            if self
+                .guest
+                .place(block, version, self.armed, self.now + BEFORE)
+                && self.armed
+            {
+                applied.placed.insert(block.0, block.1);
+            }
+            ledger.applied(block.0, block.1, batch.pass);
+        }
+        self.after(0.0002, Event::Applied(applied));
+    }
+}
+
+fn pages(chunk: &Chunk) -> f64 {
+    match &chunk.body {
+        ChunkBody::Blocks { region, blocks } => {
+            blocks.len() as f64 * if region.0 == 0 { 1.0 } else { 16.0 }
+        }
+        ChunkBody::State { .. } => 1.0,
+    }
+}
