@@ -8,6 +8,10 @@ use hybridmig_engine::guest::workload::{
     Profile, mix,
 };
 
+use hybridmig_engine::profile::AccessSample;
+use rand::Rng;
+use rand::rngs::SmallRng;
+
 use super::Setting;
 
 pub const MEMORY: RegionId = RegionId(0);
@@ -19,6 +23,8 @@ const USED: Duration = Duration::from_secs(60);
 /// The working set is what is accessed in so long.
 const WORKING: Duration = Duration::from_secs(10);
 
+/// Pages whose accesses a host samples at a time.
+const SAMPLED: u32 = 1024;
 /// A block.
 pub type Block = (RegionId, u32);
 
@@ -248,6 +254,27 @@ impl Guest {
 
     pub fn take_dirty(&mut self) -> Blocks {
         std::mem::take(&mut self.dirty)
+    }
+
+    /// Which of some pages with content were touched in the interval since `since`, as a host that samples accesses sees it.
+    pub fn samples(&self, since: Duration, now: Duration, rng: &mut SmallRng) -> Vec<AccessSample> {
+        let region = &self.regions[0];
+        let (mut watched, mut accessed) = (BlockSet::new(), BlockSet::new());
+        for _ in 0..SAMPLED {
+            let block = rng.random_range(0..region.truth.len() as u32);
+            if region.truth[block as usize] > 0 {
+                watched.insert(block);
+                if region.touched[block as usize].is_some_and(|at| at > since) {
+                    accessed.insert(block);
+                }
+            }
+        }
+        vec![AccessSample {
+            region: MEMORY,
+            watched,
+            accessed,
+            seconds: now.saturating_sub(since).as_secs_f64(),
+        }]
     }
 
     /// Blocks of the disk that were used lately.

@@ -14,6 +14,8 @@ use super::seconds;
 const GOODPUT: f64 = 0.93;
 /// What waits at the bottleneck before anything that overtakes, in seconds.
 const QUEUE: f64 = 0.003;
+/// What is given to it in advance, in seconds.
+const AHEAD: f64 = 0.02;
 /// Bytes of a packet.
 const PACKET: f64 = 1400.0;
 /// Answers to faults carry parity: bytes over those of the block.
@@ -57,17 +59,24 @@ impl Direction {
 
     /// Whether bulk waits for what is before it.
     pub fn is_busy(&self, now: Duration) -> bool {
-        // Two batches ahead keep it busy.
-        self.busy[Lane::Bulk as usize] > now + seconds(2.0 * 64.0 * 2048.0 / self.rate)
+        // So much ahead keeps it busy.
+        self.busy[Lane::Bulk as usize] > now + seconds(AHEAD)
     }
 
     /// When the next bulk batch may be given to it.
     pub fn free(&self) -> Duration {
-        self.busy[Lane::Bulk as usize].saturating_sub(seconds(2.0 * 64.0 * 2048.0 / self.rate))
+        self.busy[Lane::Bulk as usize].saturating_sub(seconds(AHEAD))
     }
 
-    /// Sends: when it arrives.
-    pub fn send(&mut self, now: Duration, lane: Lane, bytes: f64, rng: &mut SmallRng) -> Duration {
+    /// Sends: when it arrives. What is `awaited` has parity, so that a loss costs no time.
+    pub fn send(
+        &mut self,
+        now: Duration,
+        lane: Lane,
+        bytes: f64,
+        awaited: bool,
+        rng: &mut SmallRng,
+    ) -> Duration {
         let bytes = if lane == Lane::Urgent {
             bytes * URGENT
         } else {
@@ -89,7 +98,7 @@ impl Direction {
             // It overtakes all but what is in the bottleneck's queue already.
             arrival += seconds(QUEUE).min(waits);
         }
-        if lane == Lane::Bulk {
+        if lane == Lane::Bulk && !awaited {
             let packets = (bytes / PACKET).ceil();
             let lost = 1.0 - (1.0 - self.loss).powf(packets);
             if rng.random_bool(lost.clamp(0.0, 1.0)) {

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use hybridmig_engine::guest::workload::Profile;
 use hybridmig_engine::report::Predictions;
+use hybridmig_engine::session::source::PlanReport;
 use hybridmig_transport::message::Mode;
 use serde::{Deserialize, Serialize};
 
@@ -106,6 +107,8 @@ pub struct Came {
     pub working_set: u64,
     /// What was predicted.
     pub prediction: Predictions,
+    /// What was planned.
+    pub plan: PlanReport,
 }
 
 /// Seconds.

@@ -89,6 +89,8 @@ pub struct World {
     working_set: u64,
     faults: u64,
     polled: Option<Duration>,
+    /// When the guest's accesses were looked at last.
+    looked: Duration,
 }
 
 impl World {
@@ -171,6 +173,7 @@ impl World {
             working_set: 0,
             faults: 0,
             polled: None,
+            looked: Duration::ZERO,
             setting,
         }
     }
@@ -242,6 +245,7 @@ impl World {
             behind: figures.behind,
             working_set: self.working_set,
             prediction: self.source.plan_report().into(),
+            plan: self.source.plan_report().clone(),
         })
     }
 
@@ -262,7 +266,8 @@ impl World {
                 idle = false;
                 match command {
                     SourceCommand::Send(message) => {
-                        let at = self.links[0].send(self.now, Lane::Control, 120.0, &mut self.rng);
+                        let at =
+                            self.links[0].send(self.now, Lane::Control, 120.0, true, &mut self.rng);
                         self.at(at, Event::ToDestination(message));
                     }
                     SourceCommand::CloseLink { .. } => {}
@@ -274,11 +279,13 @@ impl World {
                 idle = false;
                 match command {
                     DestinationCommand::Send(message) => {
-                        let at = self.links[1].send(self.now, Lane::Control, 120.0, &mut self.rng);
+                        let at =
+                            self.links[1].send(self.now, Lane::Control, 120.0, true, &mut self.rng);
                         self.at(at, Event::ToSource(message));
                     }
                     DestinationCommand::Fetch { region, blocks } => {
-                        let at = self.links[1].send(self.now, Lane::Urgent, 60.0, &mut self.rng);
+                        let at =
+                            self.links[1].send(self.now, Lane::Urgent, 60.0, true, &mut self.rng);
                         self.at(at, Event::ToSource(Message::Fetch { region, blocks }));
                     }
                     DestinationCommand::CloseLink { .. } => {}
@@ -411,6 +418,12 @@ impl World {
         };
         let look = matches!(job, SourceCommand::StartTracking | SourceCommand::Scan);
         if look && self.guest.runs_here {
+            if matches!(job, SourceCommand::Scan) {
+                let (since, now) = (self.looked + BEFORE, self.now + BEFORE);
+                let samples = self.guest.samples(since, now, &mut self.rng);
+                self.source.handle(self.now, SourceInput::Sampled(samples));
+            }
+            self.looked = self.now;
             let accessed = self.guest.accessed(self.now + BEFORE);
             self.source
                 .handle(self.now, SourceInput::Accessed(accessed));
@@ -502,7 +515,7 @@ impl World {
             blocks,
             state,
         };
-        let at = self.links[0].send(self.now, chunk.lane, bytes, &mut self.rng);
+        let at = self.links[0].send(self.now, chunk.lane, bytes, chunk.awaited, &mut self.rng);
         let takes = batch.blocks.len() as f64 * PER_PAGE / 2.0;
         self.at(at + seconds(takes), Event::Batch(batch));
         let bytes = bytes as u64;

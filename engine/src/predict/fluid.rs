@@ -61,8 +61,8 @@ impl Situation {
 
     /// Bytes of what moves while the guest stands still, without the state.
     fn frozen_bytes(&self, frozen: &Frozen) -> f64 {
-        frozen.pages(RegionKind::Memory) * self.memory.bytes_per_page
-            + frozen.pages(RegionKind::Disk) * self.disks.bytes_per_page
+        frozen.pages(RegionKind::Memory) * self.memory.bytes_stale
+            + frozen.pages(RegionKind::Disk) * self.disks.bytes_stale
     }
 
     /// Downtime of a freeze that moves these. Blocks go out while the state is saved.
@@ -117,7 +117,7 @@ impl Situation {
         let mut speed = 1.0;
         for (k, kind) in self.kinds().into_iter().enumerate() {
             let missing: Vec<f64> = kind.classes.iter().map(|class| class.stale).collect();
-            let flow = self.flow(k, kind, &missing, 0.0);
+            let flow = self.flow(k, kind, &missing, (0.0, 1.0));
             speed *= 1.0 - kind.weight * (1.0 - flow.speed);
         }
         speed
@@ -144,6 +144,8 @@ impl Situation {
         let pushing = bytes / bandwidth;
         let step = (pushing / STEPS.0).max(self.link.rtt / 64.0).max(1e-4);
         let least = 0.5 * size[0].min(size[1]);
+        // Share of the link that pushing in order gets: answers and what comes with them go first.
+        let mut share = 1.0;
         for _ in 0..STEPS.1 {
             let left: f64 = (0..2)
                 .map(|k| missing[k].iter().sum::<f64>() * size[k])
@@ -157,8 +159,8 @@ impl Situation {
             let mut ahead = 0.0;
             let mut demanded = 0.0;
             for (k, kind) in self.kinds().into_iter().enumerate() {
-                let flow = self.flow(k, kind, &missing[k], ahead);
-                ahead += missing[k].iter().sum::<f64>() * size[k] / bandwidth;
+                let flow = self.flow(k, kind, &missing[k], (ahead, share));
+                ahead += missing[k].iter().sum::<f64>() * size[k] / (bandwidth * share);
                 speed *= 1.0 - kind.weight * (1.0 - flow.speed);
                 post.faults += flow.faults * dt;
                 post.stall += flow.faults * flow.stall * dt;
@@ -182,20 +184,28 @@ impl Situation {
             if speed < RESTORED {
                 post.restored = post.seconds;
             }
-            push(&mut missing, size, (bandwidth * dt - demanded).max(0.0));
+            let pushed = (bandwidth * dt - demanded).max(0.0);
+            share = (pushed / (bandwidth * dt)).max(0.05);
+            push(&mut missing, size, pushed);
         }
         post
     }
 
     /// How the guest runs now, by what it lacks of one kind, `ahead` seconds of other pages being pushed before it.
-    fn flow(&self, k: usize, kind: &KindState, missing: &[f64], ahead: f64) -> Flow {
+    fn flow(
+        &self,
+        k: usize,
+        kind: &KindState,
+        missing: &[f64],
+        (ahead, share): (f64, f64),
+    ) -> Flow {
         let bandwidth = self.link.bandwidth.max(1.0);
         let size = kind.bytes_per_page.max(1.0);
         let latency = self.link.rtt + SERVICE + size / bandwidth;
         let (mut demand, mut waiting, mut used) = (0.0, 0.0, 0.0);
         let mut arrival = ahead;
         for (class, missing) in kind.classes.iter().zip(missing) {
-            let own = missing * size / bandwidth;
+            let own = missing * size / (bandwidth * share);
             let until = arrival + own / 2.0;
             arrival += own;
             demand += class.accesses * missing;
@@ -213,9 +223,9 @@ impl Situation {
         let density = (all / kind.content().max(1.0)).min(1.0);
         // Of what lies around a fault, what the guest uses as well and lacks, and what it only lacks.
         let window = if k == 0 { self.prefetch } else { BATCH };
-        let share = (demand / used.max(1e-9)).min(1.0);
+        let lacked = (demand / used.max(1e-9)).min(1.0);
         let useful = if window > 0.0 {
-            kind.spread.near * share
+            kind.spread.near * lacked
         } else {
             0.0
         };
@@ -267,7 +277,7 @@ pub fn candidates(situation: &Situation) -> Vec<Frozen> {
         for (i, class) in kind.classes.iter().enumerate() {
             if class.stale > 0.0 {
                 let worth = class.accesses * kind.weight / kind.parallelism.max(1.0);
-                order.push((k, i, worth / kind.bytes_per_page.max(1.0)));
+                order.push((k, i, worth / kind.bytes_stale.max(1.0)));
             }
         }
     }

@@ -45,8 +45,12 @@ pub struct Class {
 pub struct KindState {
     /// By hotness, the most accessed first; at most [`MAX_CLASSES`].
     pub classes: Vec<Class>,
-    /// Bytes on the wire per page.
+    /// Bytes on the wire of a page that goes in full: the first time, and after the freeze, when there is nothing to refer to.
     pub bytes_per_page: f64,
+    /// Bytes of one that is stale now, on average of those that were sent before and those that were not.
+    pub bytes_stale: f64,
+    /// Bytes of one that was sent before: a difference.
+    pub bytes_again: f64,
     /// How what is used lies.
     pub spread: Spread,
     /// Accesses that can wait for blocks at once: vCPUs, or operations under way on a disk.

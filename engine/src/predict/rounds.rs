@@ -13,7 +13,7 @@ impl Situation {
         let bytes: f64 = self
             .kinds()
             .iter()
-            .map(|kind| kind.stale() * kind.bytes_per_page)
+            .map(|kind| kind.stale() * kind.bytes_stale)
             .sum();
         let sending = bytes / self.link.bandwidth.max(1.0);
         (sending + CLOSING * self.link.rtt).max(self.min_round)
@@ -31,7 +31,8 @@ impl Situation {
         let scanned = seconds > 1.5 * self.scan_interval;
         let mut bytes = 0.0;
         for kind in [&mut next.memory, &mut next.disks] {
-            bytes += kind.stale() * kind.bytes_per_page;
+            bytes += kind.stale() * kind.bytes_stale;
+            kind.bytes_stale = kind.bytes_again;
             kind.classes = with_stale(&kind.classes, |class| {
                 let rate = class.writes * seconds;
                 let current = (class.content - class.stale - class.unsent).max(0.0);

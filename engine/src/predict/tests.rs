@@ -22,12 +22,16 @@ pub(crate) fn situation(classes: &[(f64, f64, f64, f64)]) -> Situation {
         memory: KindState {
             classes: classes.iter().map(class).collect(),
             bytes_per_page: 4096.0,
+            bytes_stale: 4096.0,
+            bytes_again: 4096.0,
             parallelism: 2.0,
             weight: 1.0,
             ..KindState::default()
         },
         disks: KindState {
             bytes_per_page: 4096.0,
+            bytes_stale: 4096.0,
+            bytes_again: 4096.0,
             parallelism: DISK_PARALLELISM,
             weight: DISK_WEIGHT,
             ..KindState::default()

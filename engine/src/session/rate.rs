@@ -9,6 +9,8 @@ use super::io::LinkFigures;
 const ASSUMED_BANDWIDTH: f64 = 10e6;
 /// Assumed before anything was measured: a page and its header, uncompressed.
 const ASSUMED_PAGE: f64 = 4112.0;
+/// Of the bytes of a page, what a difference to its older version takes: assumed before one was sent.
+const AGAIN: f64 = 0.85;
 /// Shortest interval that makes a sample.
 const SAMPLE: Duration = Duration::from_millis(100);
 /// Weight of a new sample in the smoothed rate.
@@ -23,6 +25,10 @@ pub(crate) struct Estimator {
     rate: Option<f64>,
     /// Of memory, and of disks.
     bytes_per_page: [f64; 2],
+    /// Of memory and of disks: sent in full, and sent again as a difference to what was sent before. Assumed until
+    /// something was sent.
+    full: [Option<f64>; 2],
+    again: [Option<f64>; 2],
     window: Option<Window>,
 }
 
@@ -38,6 +44,8 @@ impl Estimator {
             link: LinkFigures::default(),
             rate: None,
             bytes_per_page: [ASSUMED_PAGE; 2],
+            full: [None; 2],
+            again: [None; 2],
             window: None,
         }
     }
@@ -59,6 +67,43 @@ impl Estimator {
         let sample = bytes as f64 / pages as f64;
         let smoothed = &mut self.bytes_per_page[usize::from(disk)];
         *smoothed += weight * (sample - *smoothed);
+    }
+
+    /// The same, by whether the destination had an older version of the pages.
+    pub(crate) fn sized(&mut self, disk: bool, again: bool, pages: u64, bytes: u64) {
+        if pages == 0 {
+            return;
+        }
+        let weight = (PAGE_WEIGHT * pages as f64 / 64.0).clamp(0.001, 0.2);
+        let sample = bytes as f64 / pages as f64;
+        let of = if again {
+            &mut self.again
+        } else {
+            &mut self.full
+        };
+        let smoothed = &mut of[usize::from(disk)];
+        *smoothed = Some(smoothed.map_or(sample, |size| size + weight * (sample - size)));
+    }
+
+    /// What the contents of a sample took in batches, before anything was sent.
+    pub(crate) fn assume(&mut self, disk: bool, bytes: f64) {
+        self.bytes_per_page[usize::from(disk)] = bytes.max(1.0);
+        self.full[usize::from(disk)].get_or_insert(bytes.max(1.0));
+    }
+
+    /// Bytes of a page that goes in full.
+    pub(crate) fn full_page(&self, disk: bool) -> f64 {
+        self.full[usize::from(disk)]
+            .unwrap_or(ASSUMED_PAGE)
+            .max(1.0)
+    }
+
+    /// Bytes of a page of which the destination has an older version.
+    pub(crate) fn page_again(&self, disk: bool) -> f64 {
+        let assumed = || AGAIN * self.full_page(disk);
+        self.again[usize::from(disk)]
+            .unwrap_or_else(assumed)
+            .max(1.0)
     }
 
     /// `bytes` were acknowledged as applied. A sample spans only time in which something was in

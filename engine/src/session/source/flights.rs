@@ -8,6 +8,9 @@ use crate::blocks::RegionId;
 use crate::session::io::{Chunk, Lane, Refer};
 use crate::session::pieces;
 
+/// What may still be on its way when a round counts as out, where a round trip is less.
+const MOMENT: Duration = Duration::from_millis(50);
+
 impl SourceMachine {
     /// Allots a batch.
     pub(super) fn chunk(
@@ -142,6 +145,12 @@ impl SourceMachine {
             count.disk_bytes += bytes;
         }
         self.estimator.sent(disk, pages, bytes);
+        let again = match kind {
+            ChunkKind::PreCopy => !self.figures.rounds.is_empty(),
+            ChunkKind::Freeze => true,
+            _ => false,
+        };
+        self.estimator.sized(disk, again, pages, bytes);
     }
 
     /// The bound on the bulk lane, so that a freeze never waits behind a deep queue and the pipe
@@ -166,7 +175,10 @@ impl SourceMachine {
     /// What may still be in flight at the freeze: one bandwidth × delay.
     pub(super) fn drained(&self) -> u64 {
         let product = self.estimator.bandwidth() * self.estimator.rtt().as_secs_f64();
-        (product as u64).max(self.config.min_in_flight / 8)
+        // On a short link a batch or two; on a slow one no more than goes out in a moment.
+        let least = (self.config.min_in_flight / 8) as f64;
+        let moment = self.estimator.bandwidth() * MOMENT.as_secs_f64();
+        product.max(least.min(moment)) as u64
     }
 
     /// Batches have been applied; some blocks of them must come again in full.

@@ -151,8 +151,17 @@ impl SourceMachine {
         let kind = |kind: RegionKind| {
             let classes = self.heat.classes(kind, &all);
             let own = index(kind);
+            let disk = kind == RegionKind::Disk;
+            let (full, again) = (
+                self.estimator.full_page(disk),
+                self.estimator.page_again(disk),
+            );
+            let fresh = self.fresh(kind) / stale.pages(kind).max(1.0);
+            let fresh = fresh.clamp(0.0, 1.0);
             KindState {
-                bytes_per_page: self.estimator.bytes_per_page(kind == RegionKind::Disk),
+                bytes_per_page: full,
+                bytes_stale: fresh * full + (1.0 - fresh) * again,
+                bytes_again: again,
                 spread: self.heat.spread(kind),
                 ..KindState::new(&classes, &stale.0[own], &unsent.0[own])
             }
@@ -192,6 +201,16 @@ impl SourceMachine {
             min_round: self.config.min_round.as_secs_f64(),
             watching_cost: guest.watching_cost,
             rewriting: self.planning.rewriting,
+        }
+    }
+
+    /// Pages that are to move before the freeze or at it, and that the destination has never had.
+    fn fresh(&self, kind: RegionKind) -> f64 {
+        if self.figures.rounds.is_empty() {
+            let pages = |set| self.shapes.pages_of_kind(set, kind);
+            (pages(&self.pending) + pages(&self.hot)) as f64
+        } else {
+            0.0
         }
     }
 
