@@ -1,5 +1,9 @@
 //! What tracking, placing and fault service cost, on another process's memory. Needs root.
 //!
+//! `accesses` is what sampling which pages are accessed costs: one sample by itself, and the time that the
+//! guest needs for a million accesses at full speed, spread evenly over 512 MiB (the worst case: every
+//! page that is unmapped is touched again), with dirty tracking alone and with a sample a second besides.
+//!
 //! `fault_x1000/kernel` is a first touch that the kernel serves alone. `fault_x1000/raw` is the
 //! floor of what userfaultfd allows: a handler that reads the fault and copies a constant page.
 //! `fault_x1000/local_socket` is a [`Placer`] whose pages come from another thread over a Unix
@@ -13,7 +17,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Guest, PAGE};
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
@@ -72,6 +76,52 @@ fn tracking(criterion: &mut Criterion) {
             BatchSize::PerIteration,
         );
     });
+    group.finish();
+}
+
+/// The guest's time for a million accesses of which three in ten write, while it is scanned every second.
+fn used(guest: &mut Guest, tracker: &Tracker, sampled: bool) -> Duration {
+    const MS: u64 = 2000;
+    guest.process.send(&format!("use 30 {MS}"));
+    for _ in 0..MS / 1000 {
+        black_box(tracker.take_dirty(Settle::Running).unwrap());
+        if sampled {
+            black_box(tracker.sample_accesses());
+        }
+        std::thread::sleep(Duration::from_millis(990));
+    }
+    let count: f64 = guest.process.line().parse().unwrap();
+    Duration::from_secs_f64(MS as f64 * 1e-3 * 1e6 / count)
+}
+
+fn accesses(criterion: &mut Criterion) {
+    let mut guest = Guest::new(TRACKED);
+    guest.ask("fill 1");
+    let tracker = track(&guest, guest.attach(Features::TRACKING));
+    let mut group = group(criterion, "accesses_512MiB");
+    group.bench_function("sample", |bencher| {
+        bencher.iter_custom(|rounds| {
+            let sampled = || {
+                // As much as a sample may be is due again after a second.
+                std::thread::sleep(Duration::from_secs(1));
+                let begun = Instant::now();
+                black_box(tracker.sample_accesses());
+                begun.elapsed()
+            };
+            (0..rounds).map(|_| sampled()).sum()
+        });
+    });
+    for (name, sampled) in [("million_tracked", false), ("million_sampled", true)] {
+        group.bench_function(name, |bencher| {
+            bencher.iter_custom(|rounds| {
+                (0..rounds)
+                    .map(|_| used(&mut guest, &tracker, sampled))
+                    .sum()
+            });
+        });
+    }
+    assert!(tracker.sampling().off.is_none(), "{:?}", tracker.sampling());
+    println!("accesses_512MiB: {:?}", tracker.sampling());
     group.finish();
 }
 
@@ -249,6 +299,6 @@ fn faults(criterion: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().without_plots();
-    targets = tracking, placing, faults
+    targets = tracking, accesses, placing, faults
 }
 criterion_main!(benches);

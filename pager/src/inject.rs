@@ -1,9 +1,11 @@
-//! One system call, executed by a thread of another process, by ptrace. x86-64 only.
+//! System calls, executed by a thread of another process, by ptrace. x86-64 only.
 //!
 //! The thread is stopped, pointed at a `syscall` instruction that is mapped there anyway, stepped
-//! once, and put back exactly as it was. Nothing of the process's memory is written. Other threads
+//! once for each call, and put back exactly as it was. Nothing of the process's memory is written. Other threads
 //! never stop. All of it happens on a thread of our own that then ends: whatever goes wrong, the
 //! kernel lets go of the traced thread at that point.
+
+use std::time::Duration;
 
 use crate::{PagerError, Result};
 
@@ -16,9 +18,32 @@ pub(crate) struct Syscall {
     pub(crate) arguments: [u64; 3],
 }
 
+/// What became of several system calls.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Calls {
+    /// What the kernel returned, `-errno` included; fewer than there were calls if time ran out.
+    pub(crate) results: Vec<i64>,
+    /// How long the thread stood still.
+    pub(crate) held: Duration,
+}
+
 /// Executes the call in process `pid`; returns what the kernel returned, `-errno` included.
+pub(crate) fn call(pid: u32, syscall: Syscall) -> Result<i64> {
+    let calls = call_all(pid, &[syscall], Duration::MAX)?;
+    calls
+        .results
+        .first()
+        .copied()
+        .ok_or_else(|| PagerError::Attach {
+            pid,
+            reason: "it executed nothing".into(),
+        })
+}
+
+/// Executes the calls one after the other in one thread of process `pid`, and begins none once the
+/// thread has stood still for `patience`. After an error some of them may have been executed.
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn call(pid: u32, _syscall: Syscall) -> Result<i64> {
+pub(crate) fn call_all(pid: u32, _syscalls: &[Syscall], _patience: Duration) -> Result<Calls> {
     Err(PagerError::Attach {
         pid,
         reason: "attaching to a foreign process is implemented for x86-64 only; let the process \
@@ -28,7 +53,7 @@ pub(crate) fn call(pid: u32, _syscall: Syscall) -> Result<i64> {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86_64::call;
+pub(crate) use x86_64::call_all;
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
@@ -42,7 +67,7 @@ mod x86_64 {
     use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
     use nix::unistd::Pid;
 
-    use super::{PagerError, Result, Syscall};
+    use super::{Calls, PagerError, Result, Syscall};
     use crate::process::{self, ThreadInfo};
 
     /// `syscall`, as bytes.
@@ -51,24 +76,28 @@ mod x86_64 {
     const SEARCH: usize = 1 << 20;
     /// How long one thread may take to stop. One that waits inside the kernel for a page cannot.
     const STOP_DEADLINE: Duration = Duration::from_millis(500);
+    /// How long a stop is waited for without sleeping.
+    const SOON: Duration = Duration::from_micros(100);
     /// How often a thread that is busy with signals is tried.
     const ATTEMPTS: usize = 16;
     /// Threads tried before giving up.
     const MAX_THREADS: usize = 16;
 
-    pub(crate) fn call(pid: u32, syscall: Syscall) -> Result<i64> {
+    /// Executes the calls one after the other in one thread of process `pid`, and begins none once
+    /// the thread has stood still for `patience`. After an error some of them may have been executed.
+    pub(crate) fn call_all(pid: u32, syscalls: &[Syscall], patience: Duration) -> Result<Calls> {
         // ptrace requests must come from the thread that attached, and its end detaches.
         std::thread::scope(|scope| {
             std::thread::Builder::new()
                 .name("attach".into())
-                .spawn_scoped(scope, || call_here(pid, syscall))
+                .spawn_scoped(scope, || call_here(pid, syscalls, patience))
                 .map_err(|error| PagerError::os("starting a thread to attach from", error))?
                 .join()
                 .unwrap_or_else(|_| Err(attach_error(pid, "the attaching thread panicked")))
         })
     }
 
-    fn call_here(pid: u32, syscall: Syscall) -> Result<i64> {
+    fn call_here(pid: u32, syscalls: &[Syscall], patience: Duration) -> Result<Calls> {
         let address = find_instruction(pid)?;
         let mut threads = process::threads(pid)?;
         // A thread that sleeps in a system call is the least disturbed; QEMU's call_rcu always
@@ -76,8 +105,8 @@ mod x86_64 {
         threads.sort_by_key(|thread| rank(pid, thread));
         let mut reason = "it has no threads".to_owned();
         for thread in threads.iter().take(MAX_THREADS) {
-            match call_in_thread(thread.tid, address, syscall) {
-                Ok(result) => return Ok(result),
+            match call_in_thread(thread.tid, address, syscalls, patience) {
+                Ok(calls) => return Ok(calls),
                 Err(Failure::Thread(why)) => {
                     reason = format!("thread {} ({}): {why}", thread.tid, thread.name);
                     tracing::debug!(%reason, "trying another thread");
@@ -112,8 +141,9 @@ mod x86_64 {
     fn call_in_thread(
         tid: u32,
         address: u64,
-        syscall: Syscall,
-    ) -> std::result::Result<i64, Failure> {
+        syscalls: &[Syscall],
+        patience: Duration,
+    ) -> std::result::Result<Calls, Failure> {
         let tid = Pid::from_raw(tid as i32);
         ptrace::seize(tid, ptrace::Options::empty()).map_err(|error| match error {
             Errno::EPERM => Failure::Process(
@@ -123,13 +153,19 @@ mod x86_64 {
             ),
             error => Failure::thread("PTRACE_SEIZE", error),
         })?;
+        let mut calls = Calls::default();
         for _ in 0..ATTEMPTS {
+            let begun = Instant::now();
             interrupt(tid)?;
-            match step(tid, address, syscall)? {
-                Stepped::Done { result, pending } => {
+            let left = &syscalls[calls.results.len()..];
+            let deadline = begun.checked_add(patience.saturating_sub(calls.held));
+            let stepped = steps(tid, address, left, deadline, &mut calls.results);
+            calls.held += begun.elapsed();
+            match stepped? {
+                Stepped::Done { pending } => {
                     ptrace::detach(tid, pending)
                         .map_err(|error| Failure::thread("PTRACE_DETACH", error))?;
-                    return Ok(result);
+                    return Ok(calls);
                 }
                 Stepped::SignalFirst(signal) => {
                     // Let the thread handle it with its own registers, then try again.
@@ -144,35 +180,75 @@ mod x86_64 {
     }
 
     enum Stepped {
+        /// Everything was executed, or there is no more time.
         Done {
-            result: i64,
             /// A signal that arrived meanwhile, to be delivered on the way out.
             pending: Option<Signal>,
         },
         SignalFirst(Signal),
     }
 
-    /// The thread is stopped; executes the call and restores the registers.
-    fn step(tid: Pid, address: u64, syscall: Syscall) -> std::result::Result<Stepped, Failure> {
+    /// One call.
+    enum Step {
+        Done {
+            result: i64,
+            pending: Option<Signal>,
+        },
+        SignalFirst(Signal),
+    }
+
+    /// The thread is stopped; executes the calls and restores the registers.
+    fn steps(
+        tid: Pid,
+        address: u64,
+        syscalls: &[Syscall],
+        deadline: Option<Instant>,
+        results: &mut Vec<i64>,
+    ) -> std::result::Result<Stepped, Failure> {
         let saved =
             ptrace::getregs(tid).map_err(|error| Failure::thread("PTRACE_GETREGS", error))?;
-        let mut registers = saved;
-        registers.rip = address;
-        registers.rax = syscall.number as u64;
-        [registers.rdi, registers.rsi, registers.rdx] = syscall.arguments;
-        // Not in a system call: the kernel must not restart the one that was interrupted before
-        // the original registers are back.
-        registers.orig_rax = u64::MAX;
-        ptrace::setregs(tid, registers)
-            .map_err(|error| Failure::thread("PTRACE_SETREGS", error))?;
-        let stepped = single_step(tid, address);
+        let mut run = || {
+            for (index, syscall) in syscalls.iter().enumerate() {
+                if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                    break;
+                }
+                let mut registers = saved;
+                registers.rip = address;
+                registers.rax = syscall.number as u64;
+                [registers.rdi, registers.rsi, registers.rdx] = syscall.arguments;
+                // Not in a system call: the kernel must not restart the one that was interrupted
+                // before the original registers are back.
+                registers.orig_rax = u64::MAX;
+                ptrace::setregs(tid, registers)
+                    .map_err(|error| Failure::thread("PTRACE_SETREGS", error))?;
+                match single_step(tid, address)? {
+                    Step::Done { result, pending } => {
+                        results.push(result);
+                        match pending {
+                            Some(signal) if index + 1 < syscalls.len() => {
+                                return Ok(Stepped::SignalFirst(signal));
+                            }
+                            Some(signal) => {
+                                return Ok(Stepped::Done {
+                                    pending: Some(signal),
+                                });
+                            }
+                            None => {}
+                        }
+                    }
+                    Step::SignalFirst(signal) => return Ok(Stepped::SignalFirst(signal)),
+                }
+            }
+            Ok(Stepped::Done { pending: None })
+        };
+        let stepped = run();
         // Whatever happened: back to where it was.
         ptrace::setregs(tid, saved)
             .map_err(|error| Failure::Process(format!("restoring its registers: {error}")))?;
         stepped
     }
 
-    fn single_step(tid: Pid, address: u64) -> std::result::Result<Stepped, Failure> {
+    fn single_step(tid: Pid, address: u64) -> std::result::Result<Step, Failure> {
         ptrace::step(tid, None).map_err(|error| Failure::thread("PTRACE_SINGLESTEP", error))?;
         let Some(status) = wait(tid)? else {
             // The call itself does not block, so the thread is only late: stop it for the
@@ -189,11 +265,11 @@ mod x86_64 {
             other => return Err(Failure::Process(format!("unexpected stop {other:?}"))),
         };
         match (executed, signal) {
-            (true, pending) => Ok(Stepped::Done {
+            (true, pending) => Ok(Step::Done {
                 result: registers.rax as i64,
                 pending,
             }),
-            (false, Some(signal)) => Ok(Stepped::SignalFirst(signal)),
+            (false, Some(signal)) => Ok(Step::SignalFirst(signal)),
             (false, None) => Err(Failure::Thread(format!(
                 "it stopped at {:#x} instead of executing the call",
                 registers.rip
@@ -225,7 +301,7 @@ mod x86_64 {
     /// The next stop of the thread, or none within the deadline. The kernel has no wait with a
     /// timeout for threads, so this polls.
     fn wait(tid: Pid) -> std::result::Result<Option<WaitStatus>, Failure> {
-        let deadline = Instant::now() + STOP_DEADLINE;
+        let begun = Instant::now();
         let mut pause = Duration::from_micros(10);
         loop {
             match waitpid(tid, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)) {
@@ -236,8 +312,14 @@ mod x86_64 {
                 Ok(status) => return Ok(Some(status)),
                 Err(error) => return Err(Failure::thread("waitpid", error)),
             }
-            if Instant::now() >= deadline {
+            let waited = begun.elapsed();
+            if waited >= STOP_DEADLINE {
                 return Ok(None);
+            }
+            // A step takes microseconds: a sleep would be most of the time that the thread is held.
+            if waited < SOON {
+                std::thread::yield_now();
+                continue;
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(1));

@@ -7,13 +7,14 @@
 //!
 //! Where to look:
 //! - source: [`attach`] or [`handover`] gives a [`Uffd`], [`Tracker`] reports what was written,
-//!   [`RegionMemory`] reads it;
+//!   [`RegionMemory`] reads it, [`Tracker::sample_accesses`] tells what is read, too;
 //! - destination: [`RegionMemory`] writes before the guest runs; [`Placer`] takes away what is
 //!   not current, traps access to it, places what arrives and says who waits;
 //! - [`MissingMap`] outlives a pager that is killed, [`Placer::take_over`] is how the next one goes on;
 //! - [`disk`]: a disk image that the guest runs on while blocks are missing, and an NBD server over it;
 //! - [`kernel::probe`] says what this host can do.
 
+mod accessed;
 pub mod attach;
 pub mod disk;
 mod error;
@@ -34,6 +35,7 @@ mod track;
 pub mod uffd;
 mod words;
 
+pub use accessed::{Accesses, FAULT, MAX_PAGES, PAGES_PER_SECOND, SamplingStats};
 pub use error::{PagerError, Result};
 pub use memory::RegionMemory;
 pub use missing::MissingMap;

@@ -1,9 +1,11 @@
-//! `PAGEMAP_SCAN` on the pagemap of the guest's process: which pages carry the kernel's
-//! written mark. Kernel interface only (`linux/fs.h`).
+//! The pagemap of the guest's process: by `PAGEMAP_SCAN`, which pages carry the kernel's written mark;
+//! by reading, how single pages are mapped. Kernel interface only (`linux/fs.h`,
+//! `Documentation/admin-guide/mm/pagemap.rst`).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 use crate::{PAGE_SIZE, PagerError, Result};
 
@@ -49,6 +51,26 @@ pub enum Scan {
     Look,
     /// Takes the mark away, atomically per page with reporting it, and write-protects the page.
     Take,
+}
+
+/// How a page is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageState(u64);
+
+impl PageState {
+    const PRESENT: u64 = 1 << 63;
+    const UFFD_WP: u64 = 1 << 57;
+
+    /// Mapped: a touch costs nothing.
+    pub fn is_present(self) -> bool {
+        self.0 & Self::PRESENT != 0
+    }
+
+    /// Write-protected, mapped or not (a marker then keeps the place): not written since its mark
+    /// was taken.
+    pub fn is_protected(self) -> bool {
+        self.0 & Self::UFFD_WP != 0
+    }
 }
 
 /// The pagemap of a process.
@@ -120,6 +142,25 @@ impl Pagemap {
         Ok(())
     }
 
+    /// How each page between two addresses is mapped.
+    pub fn states(&self, start: u64, end: u64) -> Result<Vec<PageState>> {
+        const ENTRY: u64 = size_of::<u64>() as u64;
+        let pages = (end - start) / PAGE_SIZE as u64;
+        let mut bytes = vec![0; (pages * ENTRY) as usize];
+        let at = start / PAGE_SIZE as u64 * ENTRY;
+        self.file.read_exact_at(&mut bytes, at).map_err(|error| {
+            PagerError::os(
+                format!("reading the pagemap of process {} at {start:#x}", self.pid),
+                error,
+            )
+        })?;
+        let (entries, _) = bytes.as_chunks();
+        Ok(entries
+            .iter()
+            .map(|entry| PageState(u64::from_ne_bytes(*entry)))
+            .collect())
+    }
+
     /// One ioctl: the number of runs, and the address that the walk reached.
     fn scan_once(
         &self,
@@ -167,5 +208,103 @@ mod tests {
         assert_eq!(size_of::<ScanArg>(), 96);
         assert_eq!(size_of::<PageRegion>(), 24);
         assert_eq!(PAGEMAP_SCAN, 0xC060_6610);
+    }
+
+    /// What the tracker and the sampler of accesses rest on: how a page of a shared file that is tracked
+    /// looks before and after `MADV_DONTNEED`.
+    #[test]
+    fn a_page_that_is_unmapped_keeps_its_mark_or_shows_as_written() {
+        const PAGES: usize = 1024;
+        let file = File::from(
+            rustix::fs::memfd_create("states", rustix::fs::MemfdFlags::CLOEXEC).unwrap(),
+        );
+        file.set_len((PAGES * PAGE_SIZE) as u64).unwrap();
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGES * PAGE_SIZE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        assert!(start != libc::MAP_FAILED);
+        let base = start as u64;
+        let at = |page: usize| base + (page * PAGE_SIZE) as u64;
+        // SAFETY: within the mapping of this test, by volatile accesses only.
+        let write = |page: usize| unsafe { (at(page) as *mut u64).write_volatile(1) };
+        // SAFETY: as above.
+        let read = |page: usize| unsafe { (at(page) as *const u64).read_volatile() };
+        let forget = |page: usize, count: usize| {
+            // SAFETY: pages of a shared file, whose contents stay in it.
+            let result = unsafe {
+                libc::madvise(at(page) as *mut _, count * PAGE_SIZE, libc::MADV_DONTNEED)
+            };
+            assert_eq!(result, 0);
+        };
+        (0..PAGES).for_each(write);
+        let uffd = crate::Uffd::for_this_process(true).unwrap();
+        uffd.handshake(crate::Features::TRACKING).unwrap();
+        let len = (PAGES * PAGE_SIZE) as u64;
+        uffd.register(base, len, crate::uffd::RegisterMode::WriteProtect)
+            .unwrap();
+        uffd.write_protect(base, len).unwrap();
+        let pagemap = Pagemap::open(std::process::id()).unwrap();
+        let state = |page: usize| pagemap.states(at(page), at(page + 1)).unwrap()[0];
+        let scan = |from: usize, to: usize, scan: Scan| {
+            let mut pages = Vec::new();
+            pagemap
+                .written(at(from), at(to), scan, |start, end| {
+                    let number = |address: u64| ((address - base) / PAGE_SIZE as u64) as usize;
+                    pages.extend(number(start)..number(end));
+                })
+                .unwrap();
+            pages
+        };
+        let seen = |page: usize| (state(page).is_present(), state(page).is_protected());
+
+        // 0 clean, 1 written; both unmapped. The clean one leaves a marker, the other one nothing.
+        write(1);
+        assert_eq!((seen(0), seen(1)), ((true, true), (true, false)));
+        forget(0, 2);
+        assert_eq!((seen(0), seen(1)), ((false, true), (false, false)));
+        // Nothing at all counts as written, and is marked when that is taken.
+        assert_eq!(scan(0, 8, Scan::Look), [1]);
+        assert_eq!(scan(0, 8, Scan::Take), [1]);
+        assert_eq!((seen(0), seen(1)), ((false, true), (false, true)));
+        // A read maps exactly that page, protected as before; a write shows.
+        assert_eq!(read(0), 1);
+        assert_eq!(
+            (seen(0), seen(1), seen(2)),
+            ((true, true), (false, true), (true, true))
+        );
+        assert!(scan(0, 8, Scan::Look).is_empty());
+        write(1);
+        assert_eq!(scan(0, 8, Scan::Take), [1]);
+
+        // A whole table of pages of which none is left is overlooked on some kernels: they free the table.
+        let first = (base as usize).next_multiple_of(512 * PAGE_SIZE);
+        let first = (first - base as usize) / PAGE_SIZE;
+        (first..first + 512).for_each(write);
+        forget(first, 512);
+        assert_eq!(
+            (seen(first), seen(first + 511)),
+            ((false, false), (false, false))
+        );
+        println!(
+            "a table that is empty: {} of 512 pages show as written",
+            scan(first, first + 512, Scan::Look).len()
+        );
+        // Protecting them again works in any case, and keeps them watched.
+        uffd.write_protect(at(first), 512 * PAGE_SIZE as u64)
+            .unwrap();
+        assert_eq!(seen(first), (false, true));
+        write(first + 3);
+        assert_eq!(scan(first, first + 512, Scan::Look), [first + 3]);
+        uffd.unregister(base, len).unwrap();
+        // SAFETY: the mapping made above, used no more.
+        unsafe { libc::munmap(start, PAGES * PAGE_SIZE) };
     }
 }

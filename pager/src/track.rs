@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use roaring::RoaringBitmap;
 use rustix::io::Errno;
 
+use crate::accessed::{Accesses, Sampler, SamplingStats, Watched};
 use crate::grace::Grace;
 use crate::pagemap::{Pagemap, Scan};
 use crate::process::{self, Process};
@@ -62,6 +63,11 @@ struct Book {
     /// Per region, the blocks that whoever keeps a copy takes for present: those of the start and
     /// those reported since.
     known: Vec<RoaringBitmap>,
+    /// Per region, what sampling accesses made the next report name.
+    owed: Vec<RoaringBitmap>,
+    sampler: Sampler,
+    /// What went wrong while accesses were sampled: the guest is not watched as it should be.
+    broken: Option<PagerError>,
     stopped: bool,
 }
 
@@ -86,6 +92,9 @@ impl Tracker {
             book: Mutex::new(Book {
                 grace: config.grace.map(Grace::new),
                 known: Vec::new(),
+                owed: Vec::new(),
+                sampler: Sampler::default(),
+                broken: None,
                 stopped: false,
             }),
         };
@@ -97,7 +106,11 @@ impl Tracker {
             std::thread::sleep(grace);
         }
         let populated = tracker.populated()?;
-        tracker.lock().known.clone_from(&populated);
+        {
+            let mut book = tracker.lock();
+            book.owed = vec![RoaringBitmap::new(); populated.len()];
+            book.known.clone_from(&populated);
+        }
         let report = tracker.named(populated);
         Ok((tracker, report))
     }
@@ -107,6 +120,9 @@ impl Tracker {
     /// report is about, or something newer that will be reported again.
     pub fn take_dirty(&self, settle: Settle) -> Result<Vec<(u16, RoaringBitmap)>> {
         let mut book = self.lock();
+        if let Some(error) = book.broken.take() {
+            return Err(error);
+        }
         let begun = Instant::now();
         let mut report = Vec::with_capacity(self.regions.len());
         for region in &self.regions {
@@ -122,7 +138,14 @@ impl Tracker {
         }
         // Nothing is dirty in a process that has ended: that must not pass for a quiet guest.
         self.process.check_alive()?;
-        let mut owed = vec![RoaringBitmap::new(); report.len()];
+        // Only now: what is owed stays so if a scan fails.
+        let none = vec![RoaringBitmap::new(); report.len()];
+        let mut owed = std::mem::replace(&mut book.owed, none);
+        for (report, owed) in report.iter_mut().zip(&owed) {
+            // What a device writes there may be late as anywhere else.
+            *report |= owed;
+        }
+        book.sampler.reported(&report);
         if let Some(grace) = &mut book.grace {
             match settle {
                 Settle::Running => {
@@ -148,6 +171,36 @@ impl Tracker {
             book.known = populated;
         }
         Ok(self.named(report))
+    }
+
+    /// Which pages of a sample were accessed since the last call, by region; begins the next sample. To be called
+    /// right after [`Self::take_dirty`], while the guest runs: what it writes in between is then reported twice.
+    /// Empty while there is nothing to tell, and for good once [`SamplingStats::off`] says why. If it could not be made
+    /// sure that no write is missed, the next [`Self::take_dirty`] fails.
+    pub fn sample_accesses(&self) -> Vec<Accesses> {
+        let mut guard = self.lock();
+        let book = &mut *guard;
+        if book.stopped || book.broken.is_some() {
+            return Vec::new();
+        }
+        let guest = Watched {
+            pid: self.process.pid(),
+            uffd: &self.uffd,
+            pagemap: &self.pagemap,
+            regions: &self.regions,
+            content: &book.known,
+        };
+        book.sampler
+            .sample(&guest, &mut book.owed)
+            .unwrap_or_else(|error| {
+                book.broken = Some(error);
+                Vec::new()
+            })
+    }
+
+    /// What sampling accesses has done so far.
+    pub fn sampling(&self) -> SamplingStats {
+        self.lock().sampler.stats().clone()
     }
 
     /// Ends tracking: the guest runs as if it had never been watched. Idempotent; also done on

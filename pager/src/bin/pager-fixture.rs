@@ -122,6 +122,35 @@ impl Memory {
         assert_eq!(result, 0, "{}", io::Error::last_os_error());
     }
 
+    fn used(self, writes: u64, ms: u64) -> u64 {
+        let until = Instant::now() + Duration::from_millis(ms);
+        let (mut at, mut count) = (1, 0);
+        while Instant::now() < until {
+            for _ in 0..64 {
+                at = pattern::mix(at);
+                let page = (at % u64::from(self.pages)) as u32;
+                let index = (at >> 40) as usize % WORDS;
+                if (at >> 32) % 100 < writes {
+                    self.write(page, index, at);
+                } else {
+                    std::hint::black_box(self.read(page, index));
+                }
+            }
+            count += 64;
+        }
+        count
+    }
+
+    fn lock(self) -> String {
+        // SAFETY: our whole mapping.
+        let result = unsafe { libc::mlock(self.start.cast(), self.pages as usize * PAGE) };
+        if result == 0 {
+            "done".into()
+        } else {
+            io::Error::last_os_error().to_string()
+        }
+    }
+
     /// Compares every word of every page, each thread in an order of its own.
     fn verify(self, seed: u64, threads: u64, mut expected: impl FnMut(u32) -> bool) -> String {
         let zero: Vec<bool> = (0..self.pages).map(&mut expected).collect();
@@ -201,6 +230,17 @@ fn guest(fd: i32, pages: u32, uid: u32) {
                 }
                 "done".into()
             }
+            // Reads everything in a range.
+            ["read", first, count] => {
+                let (first, count): (u32, u32) = (number(first), number(count));
+                (first..first + count).for_each(|page| {
+                    std::hint::black_box(memory.read(page, 0));
+                });
+                "done".into()
+            }
+            // Accesses everywhere for a while, `writes` of 100 write; says how many there were.
+            ["use", writes, ms] => memory.used(number(writes), number(ms)).to_string(),
+            ["lock"] => memory.lock(),
             ["verify", seed, threads] => {
                 memory.verify(number(seed), number(threads), |page| removed[page as usize])
             }
