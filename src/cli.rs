@@ -3,6 +3,7 @@
 
 mod netem;
 mod plan;
+mod profile;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -24,6 +25,7 @@ pub use netem::{
     EndArg, NetemArgs, NetemCheckArgs, NetemCommand, NetemEnterArgs, NetemRunArgs, NetemShowArgs,
     RunnerArg,
 };
+pub use profile::ProfileArgs;
 
 /// Exit codes, printed at the end of `--help` and in the man page.
 pub const EXIT_CODES: &str = "\
@@ -63,6 +65,8 @@ pub enum Command {
     Check(CheckArgs),
     /// Tell how a guest would be moved and what it would come to, without moving it.
     Plan(Box<PlanArgs>),
+    /// Watch how a guest uses its memory and its disks, without moving it.
+    Profile(ProfileArgs),
     /// Make or show this host's identity.
     Keys(KeysArgs),
     /// Move an embedded guest between two processes of this machine over an emulated link.

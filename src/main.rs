@@ -6,6 +6,7 @@ mod control;
 mod foretold;
 mod progress;
 mod show;
+mod show_profile;
 mod units;
 
 use std::process::ExitCode;
@@ -22,6 +23,8 @@ fn main() -> ExitCode {
         Command::Send(args) => commands::send::run(args),
         Command::Recv(args) => commands::recv::run(args),
         Command::Check(args) => commands::check::run(args),
+        Command::Plan(args) => commands::plan::run(&args),
+        Command::Profile(args) => commands::profile::run(args),
         Command::Keys(args) => commands::keys::run(args),
         Command::Demo(args) => commands::demo::run(args),
         Command::Guest(args) => commands::guest::run(args),

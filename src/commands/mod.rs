@@ -8,6 +8,8 @@ pub mod guest;
 pub mod keys;
 pub mod limit;
 pub mod netem;
+pub mod plan;
+pub mod profile;
 pub mod recv;
 pub mod relay;
 pub mod resolve;
@@ -240,6 +242,11 @@ pub fn write_report(report: &Report, output: &OutputArgs) -> anyhow::Result<()> 
     };
     let mut text = serde_json::to_string_pretty(report).context("the report has no JSON form")?;
     text.push('\n');
+    write_text(&text, path)
+}
+
+/// Writes a text to a file, or where it is `-` to standard output.
+pub fn write_text(text: &str, path: &Path) -> anyhow::Result<()> {
     if path.as_os_str() == "-" {
         return std::io::stdout()
             .write_all(text.as_bytes())

@@ -66,6 +66,19 @@ impl GuestError {
 /// Result of a guest operation.
 pub type GuestResult<T> = Result<T, GuestError>;
 
+/// Operations of a guest on one of its disks, since it was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskCounts {
+    /// The disk.
+    pub region: RegionId,
+    /// Reads.
+    pub reads: u64,
+    /// Writes.
+    pub writes: u64,
+    /// Bytes read and bytes written, where these are counted.
+    pub bytes: Option<(u64, u64)>,
+}
+
 /// The guest on the host that it leaves.
 pub trait SourceGuest: Send + Sync {
     /// What it is.
@@ -94,6 +107,16 @@ pub trait SourceGuest: Send + Sync {
     /// cheaply; begins the next sample. Asked after [`Self::take_dirty`] while the guest runs.
     fn access_samples(&self) -> Vec<AccessSample> {
         Vec::new()
+    }
+
+    /// Why [`Self::access_samples`] tells nothing, where it is known.
+    fn access_samples_off(&self) -> Option<String> {
+        Some("this kind of guest cannot tell what it reads".into())
+    }
+
+    /// What the guest has done with its disks since it was started, where that is counted.
+    fn disk_counts(&self) -> GuestResult<Vec<DiskCounts>> {
+        Ok(Vec::new())
     }
 
     /// How the guest waits for what it lacks, as far as it can be told.

@@ -1,12 +1,13 @@
-//! Between the pager's words and the engine's: faults, errors, blocked time. Shared by all guests
+//! Between the pager's words and the engine's: faults, errors, blocked time, samples. Shared by all guests
 //! whose memory is paged by userfaultfd.
 
 use std::sync::Arc;
 
-use hybridmig_pager::{FaultStats, PagerError};
+use hybridmig_pager::{FaultStats, PagerError, Tracker};
 
 use super::{BlockedTime, FaultAnswer, FaultSink, GuestError};
 use crate::blocks::RegionId;
+use crate::profile::AccessSample;
 
 /// Tells the engine of the pager's faults.
 pub struct PagerSink(pub Arc<dyn FaultSink>);
@@ -26,6 +27,19 @@ impl hybridmig_pager::FaultSink for PagerSink {
     fn failed(&self, error: PagerError) {
         self.0.failed(error.into());
     }
+}
+
+/// What the tracker's sample of accesses has shown.
+pub fn sampled(tracker: &Tracker) -> Vec<AccessSample> {
+    let named = tracker.sample_accesses().into_iter();
+    named
+        .map(|sample| AccessSample {
+            region: RegionId(sample.region),
+            watched: sample.watched,
+            accessed: sample.accessed,
+            seconds: sample.seconds,
+        })
+        .collect()
 }
 
 impl From<PagerError> for GuestError {

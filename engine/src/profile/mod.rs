@@ -6,8 +6,13 @@
 //! level are written is not assumed from the bits, but counted: of the blocks that had this history at a
 //! scan, so many were written by the next ([`rates`]).
 
+pub mod collect;
+pub mod contents;
+pub mod file;
+pub mod map;
 pub mod rates;
 pub mod spread;
+pub mod windows;
 
 use serde::{Deserialize, Serialize};
 

@@ -50,6 +50,12 @@ fn say(line: &str) {
     io::stdout().flush().expect("the test reads our output");
 }
 
+/// Of this thread.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 /// Memory that a pager changes under our feet: accessed by volatile words only.
 #[derive(Clone, Copy)]
 struct Memory {
@@ -238,8 +244,14 @@ fn guest(fd: i32, pages: u32, uid: u32) {
                 });
                 "done".into()
             }
-            // Accesses everywhere for a while, `writes` of 100 write; says how many there were.
-            ["use", writes, ms] => memory.used(number(writes), number(ms)).to_string(),
+            // Accesses everywhere for a while, `writes` of 100 write; how many there were, and the ns of processor
+            // time that they took, page faults included.
+            ["use", writes, ms] => {
+                let begun = processor_time();
+                let count = memory.used(number(writes), number(ms));
+                let took = processor_time().saturating_sub(begun);
+                format!("{count} {}", took.as_nanos())
+            }
             ["lock"] => memory.lock(),
             ["verify", seed, threads] => {
                 memory.verify(number(seed), number(threads), |page| removed[page as usize])

@@ -19,7 +19,9 @@ use super::process::QemuProcess;
 use super::qmp::Qmp;
 use super::state;
 use crate::blocks::{BlockSet, Blocks, RegionId};
-use crate::guest::{GuestError, GuestResult, SourceGuest};
+use crate::guest::paging::sampled;
+use crate::guest::{DiskCounts, GuestError, GuestResult, SourceGuest};
+use crate::profile::AccessSample;
 use crate::session::source::GuestUse;
 
 /// How long `stop` may take: it drains the guest's I/O.
@@ -211,6 +213,37 @@ impl SourceGuest for QemuSource {
             return Blocks::new();
         }
         self.of_disks(self.disks.accessed())
+    }
+
+    fn access_samples(&self) -> Vec<AccessSample> {
+        let state = self.lock();
+        match &state.tracker {
+            Some(tracker) if !state.frozen => sampled(tracker),
+            _ => Vec::new(),
+        }
+    }
+
+    fn access_samples_off(&self) -> Option<String> {
+        self.lock().tracker.as_ref()?.sampling().off
+    }
+
+    fn disk_counts(&self) -> GuestResult<Vec<DiskCounts>> {
+        let counts = self.disks.counts().map_err(|error| {
+            GuestError::caused(
+                "QEMU does not tell what the guest does with its disks",
+                error,
+            )
+        })?;
+        let regions = (self.memory.len()..).map(|region| RegionId(region as u16));
+        let named = regions.zip(counts).filter_map(|(region, stats)| {
+            stats.map(|stats| DiskCounts {
+                region,
+                reads: stats.rd_operations,
+                writes: stats.wr_operations,
+                bytes: Some((stats.rd_bytes, stats.wr_bytes)),
+            })
+        });
+        Ok(named.collect())
     }
 
     fn read(&self, region: RegionId, block: u32, buf: &mut [u8]) -> GuestResult<()> {

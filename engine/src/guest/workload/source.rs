@@ -17,7 +17,9 @@ use super::lock;
 use super::pages::PAGE;
 use super::stats::StatsPage;
 use crate::blocks::{BlockSet, Blocks, RegionId};
-use crate::guest::{GuestError, GuestResult, SourceGuest};
+use crate::guest::paging::sampled;
+use crate::guest::{DiskCounts, GuestError, GuestResult, SourceGuest};
+use crate::profile::AccessSample;
 use crate::session::source::GuestUse;
 
 /// The region of the guest's memory.
@@ -165,6 +167,32 @@ impl SourceGuest for WorkloadSource {
             dirty.union_with(&on_disk(disk.take_dirty()));
         }
         Ok(dirty)
+    }
+
+    fn access_samples(&self) -> Vec<AccessSample> {
+        let tracking = lock(&self.tracking);
+        match &tracking.tracker {
+            Some(tracker) if !tracking.frozen => sampled(tracker),
+            _ => Vec::new(),
+        }
+    }
+
+    fn access_samples_off(&self) -> Option<String> {
+        let tracking = lock(&self.tracking);
+        tracking.tracker.as_ref()?.sampling().off
+    }
+
+    fn disk_counts(&self) -> GuestResult<Vec<DiskCounts>> {
+        if self.disk.is_none() {
+            return Ok(Vec::new());
+        }
+        let stats = self.stats.sample();
+        Ok(vec![DiskCounts {
+            region: DISK,
+            reads: stats.disk_operations.saturating_sub(stats.disk_writes),
+            writes: stats.disk_writes,
+            bytes: None,
+        }])
     }
 
     fn guest_use(&self) -> GuestUse {

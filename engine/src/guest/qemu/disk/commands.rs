@@ -22,6 +22,10 @@ command! {
     QueryGraph = "x-debug-query-block-graph" -> Graph {}
 }
 command! {
+    /// What the guest did with its block devices.
+    QueryBlockStats = "query-blockstats" -> Vec<DeviceStats> {}
+}
+command! {
     /// The block jobs that run.
     QueryBlockJobs = "query-block-jobs" -> Vec<Job> {}
 }
@@ -128,6 +132,28 @@ pub struct Device {
     pub qdev: Option<String>,
     /// The medium.
     pub inserted: Option<Medium>,
+}
+
+/// What the guest did with a device.
+#[derive(Clone, Debug, Deserialize)]
+pub struct DeviceStats {
+    /// See [`Device::qdev`].
+    pub qdev: Option<String>,
+    /// The counts.
+    pub stats: BlockStats,
+}
+
+/// Operations that the guest has seen the end of, since QEMU was started.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct BlockStats {
+    /// Reads.
+    pub rd_operations: u64,
+    /// Writes.
+    pub wr_operations: u64,
+    /// Bytes read.
+    pub rd_bytes: u64,
+    /// Bytes written.
+    pub wr_bytes: u64,
 }
 
 /// The medium of a [`Device`].

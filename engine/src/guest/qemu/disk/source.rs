@@ -19,8 +19,9 @@ use serde_json::json;
 
 use super::choice::DiskChoice;
 use super::commands::{
-    BitmapRemove, BlockExportAdd, BlockExportDel, BlockdevSetActive, Device, NbdServerStart,
-    NbdServerStop, QueryBlockDevices, QueryExports, Transaction,
+    BitmapRemove, BlockExportAdd, BlockExportDel, BlockStats, BlockdevSetActive, Device,
+    DeviceStats, NbdServerStart, NbdServerStop, QueryBlockDevices, QueryBlockStats, QueryExports,
+    Transaction,
 };
 use super::facts::{Disk, DiskFacts, Survey};
 use super::page_cache::CacheWatch;
@@ -172,6 +173,20 @@ impl SourceDisks {
             })
         };
         server.watches.iter().zip(&self.disks).map(look).collect()
+    }
+
+    /// By disk, what the guest has done with it since QEMU was started. Our own reads are not among it: they are
+    /// those of an export.
+    pub fn counts(&self) -> Result<Vec<Option<BlockStats>>, QmpError> {
+        if self.disks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let devices = self.qmp.execute(&QueryBlockStats {})?;
+        let of = |disk: &Disk| {
+            let own = |device: &&DeviceStats| device.qdev.as_deref() == Some(disk.qdev.as_str());
+            devices.iter().find(own).map(|device| device.stats)
+        };
+        Ok(self.disks.iter().map(of).collect())
     }
 
     /// By disk, the blocks written since the last call. May tell of one that was not written, never
