@@ -213,6 +213,9 @@ pub struct SendArgs {
     /// precopy mode the guest is not frozen until the rest fits it.
     #[arg(long, value_name = "TIME", value_parser = units::time)]
     pub max_downtime: Option<Duration>,
+    /// A profile that `hybridmig profile --json` has saved: what is hot is then known from the start.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub profile: Option<PathBuf>,
     /// The longest that the whole migration may take: rounds are made only as far as it allows.
     #[arg(long, value_name = "TIME", value_parser = units::time)]
     pub max_total: Option<Duration>,

@@ -16,15 +16,15 @@ fn seconds(value: f64) -> String {
 /// How a figure is written.
 type Shown = fn(f64) -> String;
 
-/// Figures that are predicted: name, which, how written, what came.
-fn rows(
-    report: &Report,
-) -> Vec<(
+/// A figure that is predicted: its name, which, how it is written, what came.
+type Row = (
     &'static str,
     fn(&Prediction) -> Interval,
     Shown,
     Option<f64>,
-)> {
+);
+
+fn rows(report: &Report) -> Vec<Row> {
     let agility = report.agility.as_ref();
     let faults = report.faults.as_ref();
     vec![

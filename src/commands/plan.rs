@@ -72,13 +72,18 @@ pub fn run(args: &PlanArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// See [`guest`].
+type Looked = (Profile, GuestUse, Option<Arc<dyn SourceGuest>>);
+
 /// The guest's profile, how it waits, and the guest itself where it runs here.
-fn guest(args: &PlanArgs) -> anyhow::Result<(Profile, GuestUse, Option<Arc<dyn SourceGuest>>)> {
+fn guest(args: &PlanArgs) -> anyhow::Result<Looked> {
     if let Some(path) = &args.profile {
         let profile = profile::load(path)?;
         let guest = GuestUse {
             parallelism: profile.parallelism.max(1),
-            watching_cost: profile.watching_cost.unwrap_or(GuestUse::default().watching_cost),
+            watching_cost: profile
+                .watching_cost
+                .unwrap_or(GuestUse::default().watching_cost),
             ..GuestUse::default()
         };
         return Ok((profile, guest, None));
@@ -90,7 +95,9 @@ fn guest(args: &PlanArgs) -> anyhow::Result<(Profile, GuestUse, Option<Arc<dyn S
     let guest = open(&named, args.disks.choice())?;
     let profile = profile::watch(guest.as_ref(), args.watch, args.json)?;
     let used = GuestUse {
-        watching_cost: profile.watching_cost.unwrap_or(GuestUse::default().watching_cost),
+        watching_cost: profile
+            .watching_cost
+            .unwrap_or(GuestUse::default().watching_cost),
         ..guest.guest_use()
     };
     Ok((profile, used, Some(guest)))
@@ -108,8 +115,12 @@ fn link(
     if let Some((to, guest)) = args.to.as_deref().zip(guest) {
         let run = ask(guest, &args.trust, to)?;
         match run.outcome {
-            SourceOutcome::Checked { .. } => measured = run.report.link.map(|link| link.min_rtt_ms / 1e3),
-            other => bail!("{to} would not take this guest: {other:?}; 'hybridmig check --to' tells more"),
+            SourceOutcome::Checked { .. } => {
+                measured = run.report.link.map(|link| link.min_rtt_ms / 1e3);
+            }
+            other => bail!(
+                "{to} would not take this guest: {other:?}; 'hybridmig check --to' tells more"
+            ),
         }
     }
     let (bandwidth, bandwidth_cv) = match (args.bandwidth, known) {
@@ -118,7 +129,11 @@ fn link(
             (bits as f64 / 8.0 * GOODPUT, SURE.0)
         }
         (None, Some(seen)) => {
-            notes.push(format!("rate {}: seen {}", show_rate(seen.bandwidth), ago(&seen)));
+            notes.push(format!(
+                "rate {}: seen {}",
+                show_rate(seen.bandwidth),
+                ago(&seen)
+            ));
             (seen.bandwidth * GOODPUT, SURE.1)
         }
         (None, None) => {
@@ -160,8 +175,16 @@ fn ago(seen: &LinkSeen) -> String {
 }
 
 fn text(dry: &DryRun, advice: &Advice, of_link: &[String]) -> String {
-    let mut text = format!("guest: {}\nlink:  {}\n", dry.profile.guest, of_link.join("; "));
-    let costs = if dry.costs.load.seen > 0 { "learned" } else { "assumed" };
+    let mut text = format!(
+        "guest: {}\nlink:  {}\n",
+        dry.profile.guest,
+        of_link.join("; ")
+    );
+    let costs = if dry.costs.load.seen > 0 {
+        "learned"
+    } else {
+        "assumed"
+    };
     let _ = writeln!(text, "costs of stopping, saving and loading: {costs}\n");
     let _ = write!(text, "plan: {}", foretold::plan(&advice.chosen));
     for why in &advice.why {
@@ -176,10 +199,17 @@ fn text(dry: &DryRun, advice: &Advice, of_link: &[String]) -> String {
 
 /// Lost work over the fractions, as bars: the best share of the disks for each share of memory.
 fn bars(points: &[Point]) -> String {
-    let mut text = "\npredicted lost work, by what moves before the guest resumes\n  memory  disks   \n".to_owned();
-    let most = points.iter().map(|point| point.lost_work).fold(1e-3, f64::max);
+    let mut text =
+        "\npredicted lost work, by what moves before the guest resumes\n  memory  disks   \n"
+            .to_owned();
+    let most = points
+        .iter()
+        .map(|point| point.lost_work)
+        .fold(1e-3, f64::max);
     for share in SHARES {
-        let of_share = points.iter().filter(|point| (point.mem_frac - share).abs() < 1e-9);
+        let of_share = points
+            .iter()
+            .filter(|point| (point.mem_frac - share).abs() < 1e-9);
         let Some(best) = of_share.min_by(|a, b| a.lost_work.total_cmp(&b.lost_work)) else {
             continue;
         };
@@ -199,7 +229,10 @@ fn bars(points: &[Point]) -> String {
 fn svg(points: &[Point]) -> String {
     const SIZE: (f64, f64) = (640.0, 400.0);
     const MARGIN: f64 = 56.0;
-    let most = points.iter().map(|point| point.lost_work).fold(1e-3, f64::max);
+    let most = points
+        .iter()
+        .map(|point| point.lost_work)
+        .fold(1e-3, f64::max);
     let x = |share: f64| MARGIN + share * (SIZE.0 - 2.0 * MARGIN);
     let y = |lost: f64| SIZE.1 - MARGIN - lost / most * (SIZE.1 - 2.0 * MARGIN);
     let mut text = format!(
@@ -225,7 +258,9 @@ fn svg(points: &[Point]) -> String {
     shares.sort_by(f64::total_cmp);
     shares.dedup();
     for share in shares {
-        let of_share = points.iter().filter(|point| point.disk_frac.total_cmp(&share).is_eq());
+        let of_share = points
+            .iter()
+            .filter(|point| point.disk_frac.total_cmp(&share).is_eq());
         let line: Vec<String> = of_share
             .map(|point| format!("{:.1},{:.1}", x(point.mem_frac), y(point.lost_work)))
             .collect();

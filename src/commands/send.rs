@@ -4,13 +4,15 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
+use hybridmig_engine::blocks::RegionId;
 use hybridmig_engine::driver::source::{self, SourceJob};
 use hybridmig_engine::guest::SourceGuest;
 use hybridmig_engine::guest::qemu::disk::DiskChoice;
 use hybridmig_engine::guest::qemu::{QemuSource, QemuSourceOptions};
 use hybridmig_engine::guest::workload::WorkloadSource;
 use hybridmig_engine::predict::costs::{LinkSeen, Remembered};
+use hybridmig_engine::profile::{HeatRun, Profile, RegionProfile, file};
 use hybridmig_engine::session::io::SourceOutcome;
 use hybridmig_engine::session::source::SourceConfig;
 use hybridmig_transport::endpoint::Endpoint;
@@ -38,6 +40,10 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
     if let Some(why) = unread {
         tracing::warn!("what earlier migrations cost is not known: {why}");
     }
+    let known_heat = match &args.profile {
+        Some(path) => known_heat(&file::load(path)?.profile, guest.as_ref(), path)?,
+        None => Vec::new(),
+    };
     let costs_in = state_dir.clone();
     let config = SourceConfig {
         mem_frac: args.mem_frac,
@@ -47,6 +53,7 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
         max_total: args.max_total,
         observe: args.observe,
         costs: remembered.of(&kind),
+        known_heat,
         max_rounds: args.max_rounds,
         prefetch: args.prefetch,
         patience: args.link.patience,
@@ -112,6 +119,37 @@ pub fn open(args: &SourceGuestArgs, disks: DiskChoice) -> anyhow::Result<Arc<dyn
         (_, Some(control)) => Ok(Arc::new(WorkloadSource::attach(control)?)),
         (None, None) => unreachable!("clap wants one of the two"),
     }
+}
+
+/// Which blocks a profile says are hot, by this guest's regions.
+fn known_heat(
+    profile: &Profile,
+    guest: &dyn SourceGuest,
+    path: &Path,
+) -> anyhow::Result<Vec<(RegionId, Vec<HeatRun>)>> {
+    let mut known = Vec::new();
+    for info in guest.regions() {
+        let of = |region: &&RegionProfile| region.name == info.name && region.kind == info.kind;
+        let Some(region) = profile.regions.iter().find(of) else {
+            continue;
+        };
+        if (region.blocks, region.block_size) != (info.blocks, info.block_size) {
+            bail!(
+                "{}: its region {} has {} blocks of {} bytes, the guest's has {} of {}: it is of another guest",
+                path.display(),
+                region.name,
+                region.blocks,
+                region.block_size,
+                info.blocks,
+                info.block_size
+            );
+        }
+        known.push((info.id, region.heat.clone()));
+    }
+    if known.is_empty() {
+        bail!("{}: none of its regions is this guest's", path.display());
+    }
+    Ok(known)
 }
 
 /// A new random session.

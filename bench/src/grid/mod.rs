@@ -85,7 +85,7 @@ impl Grid {
 
     /// Leaves only cells whose text contains this.
     pub fn keep(&mut self, cell: &str) {
-        self.only = cell.to_owned();
+        cell.clone_into(&mut self.only);
     }
 
     /// Every profile on every link.

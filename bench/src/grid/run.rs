@@ -121,13 +121,12 @@ impl Order<'_> {
             fractions: None,
             load,
         };
-        run.outcome = match self.migrate(kept.path(), interrupt)? {
-            Some(failed) => failed,
-            None => {
-                fill(&mut run, &report(kept.path())?);
-                "moved".to_owned()
-            }
-        };
+        if let Some(failed) = self.migrate(kept.path(), interrupt)? {
+            run.outcome = failed;
+        } else {
+            fill(&mut run, &report(kept.path())?);
+            "moved".clone_into(&mut run.outcome);
+        }
         Ok(run)
     }
 

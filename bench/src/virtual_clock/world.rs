@@ -498,7 +498,7 @@ impl World {
                 for number in of {
                     let block = (region, number);
                     let again = self.setting.mode != Mode::Postcopy
-                        && self.guest.runs_here | !self.armed
+                        && (self.guest.runs_here || !self.armed)
                         && !self.sent_before.insert(region, number);
                     bytes += self.guest.wire_bytes(block, again) + 4.0;
                     blocks.push((block, self.guest.version(block)));

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use hybridmig_transport::endpoint::Endpoint;
 use hybridmig_transport::error::CloseCode;
 use hybridmig_transport::link::Link;
-use hybridmig_transport::message::Message;
+use hybridmig_transport::message::{Message, RegionKind};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval, sleep_until};
 
@@ -20,9 +20,12 @@ use super::source_data::DataPlane;
 use super::source_report::{Marks, build, learned};
 use super::worker::Worker;
 use super::{DriverError, LinkTasks, figures, say_goodbye, say_goodbye_briefly, wait_until};
+use crate::blocks::Blocks;
 use crate::guest::{GuestError, GuestResult, SourceGuest};
 use crate::journal::{Context, Journal};
 use crate::predict::Costs;
+use crate::profile::contents;
+use crate::regions::PAGE;
 use crate::report::Report;
 use crate::session::io::{SourceCommand, SourceInput, SourceOutcome, SourceRecord};
 use crate::session::source::{SourceConfig, SourceMachine, SourceProgress};
@@ -411,6 +414,9 @@ fn worker(
             }
         };
         marks.executed(&command, began, Instant::now());
+        if let Ok(SourceInput::Tracking(content)) = &result {
+            look_at_contents(&guest, content.clone(), &inputs);
+        }
         let input = result.unwrap_or_else(|error| SourceInput::Failed {
             error: format!("{what}: {}", error.chain()),
         });
@@ -431,6 +437,51 @@ fn worker(
         tell(input);
     };
     Worker::spawn("guest", execute).map_err(DriverError::Thread)
+}
+
+/// Finds out what a page takes on the wire, from a sample, on a thread of its own: pre-copy need not wait for it. A
+/// bounded sample, so it ends by itself; where it fails the machine learns from what it sends.
+fn look_at_contents(
+    guest: &Arc<dyn SourceGuest>,
+    content: Blocks,
+    inputs: &mpsc::Sender<SourceInput>,
+) {
+    let (guest, inputs) = (guest.clone(), inputs.clone());
+    let look = move || {
+        // Pages, and bytes on the wire, of memory and of disks.
+        let mut sums = [(0.0, 0.0); 2];
+        for info in guest.regions() {
+            let disk = info.kind == RegionKind::Disk;
+            let Some(set) = content.get(info.id).filter(|set| !set.is_empty()) else {
+                continue;
+            };
+            match contents::look(guest.as_ref(), info, set, disk) {
+                Ok(found) => {
+                    if let Some(bytes) = found.mean_bytes() {
+                        let pages = set.len() as f64 * f64::from(info.block_size / PAGE);
+                        let sum = &mut sums[usize::from(disk)];
+                        *sum = (sum.0 + pages, sum.1 + pages * bytes);
+                    }
+                }
+                Err(error) => tracing::info!("contents of {}: {}", info.name, error.chain()),
+            }
+        }
+        for (disk, (pages, bytes)) in sums.into_iter().enumerate() {
+            if pages > 0.0 {
+                // The receiver is gone only when the session has ended.
+                let _ = inputs.blocking_send(SourceInput::Contents {
+                    disk: disk == 1,
+                    bytes_per_page: bytes / pages,
+                });
+            }
+        }
+    };
+    let spawned = std::thread::Builder::new()
+        .name("contents".into())
+        .spawn(look);
+    if let Err(error) = spawned {
+        tracing::info!("no thread to look at contents: {error}");
+    }
 }
 
 fn write_journal(

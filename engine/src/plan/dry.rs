@@ -18,8 +18,6 @@ pub const SHARES: [f64; 11] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
 const PAGE_BYTES: f64 = 4112.0;
 /// Of the bytes of a page, what a difference to its older version takes: assumed.
 const AGAIN: f64 = 0.85;
-/// Bytes of a page that is all zero, or that is named.
-const NAMED_BYTES: f64 = 20.0;
 
 /// A guest, a link and limits: what a dry run is made of.
 #[derive(Clone, Debug)]
@@ -133,7 +131,7 @@ impl DryRun {
         let (mut bytes, mut spread, mut pages) = (0.0, Spread::default(), 0.0);
         for region in regions() {
             let weight = region.content_pages as f64;
-            bytes += weight * bytes_per_page(&region.contents);
+            bytes += weight * region.contents.mean_bytes().unwrap_or(PAGE_BYTES);
             spread.near += weight * region.spread.near;
             spread.walk += weight * region.spread.walk;
             pages += weight;
@@ -231,15 +229,6 @@ impl DryRun {
         }
         why
     }
-}
-
-/// Bytes on the wire per page of content.
-fn bytes_per_page(contents: &crate::profile::Contents) -> f64 {
-    if contents.sampled == 0 {
-        return PAGE_BYTES;
-    }
-    let small = contents.zero + contents.duplicate;
-    small * NAMED_BYTES + (1.0 - small).max(0.0) * contents.bytes_per_page
 }
 
 #[cfg(test)]

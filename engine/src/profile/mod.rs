@@ -63,6 +63,18 @@ pub struct Contents {
     pub bytes_per_page: f64,
 }
 
+impl Contents {
+    /// Bytes on the wire per page of content; `None` where nobody has looked.
+    pub fn mean_bytes(&self) -> Option<f64> {
+        let small = self.zero + self.duplicate;
+        let rest = (1.0 - small).max(0.0) * self.bytes_per_page;
+        (self.sampled > 0).then_some(small * NAMED_BYTES + rest)
+    }
+}
+
+/// Bytes of a page that is all zero, or that is named.
+const NAMED_BYTES: f64 = 20.0;
+
 /// A number of distinct pages over a time.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Distinct {
@@ -73,6 +85,9 @@ pub struct Distinct {
     /// Distinct pages accessed in it, where that is known.
     pub accessed: Option<f64>,
 }
+
+/// Blocks of one level: the first, how many, the level.
+pub type HeatRun = (u32, u32, u8);
 
 /// How a guest uses one region.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -96,7 +111,7 @@ pub struct RegionProfile {
     /// How what is used lies.
     pub spread: spread::Spread,
     /// Level of runs of blocks: first block, number, level; ascending, gaps have level 0.
-    pub heat: Vec<(u32, u32, u8)>,
+    pub heat: Vec<HeatRun>,
 }
 
 /// How a guest uses its memory and its disks.

@@ -95,6 +95,13 @@ pub enum SourceInput {
     Accessed(Blocks),
     /// Which of samples of blocks the guest has accessed. Given before the answer to `Scan`; answers no command.
     Sampled(Vec<AccessSample>),
+    /// What a sample of the contents took in batches: bytes per page, of memory or of disks. Answers no command.
+    Contents {
+        /// Of disks.
+        disk: bool,
+        /// Bytes on the wire per page of 4 KiB.
+        bytes_per_page: f64,
+    },
     /// Answer to [`SourceCommand::StartTracking`]: the blocks that have content.
     Tracking(Blocks),
     /// Answer to [`SourceCommand::Scan`].

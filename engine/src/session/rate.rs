@@ -28,6 +28,7 @@ pub(crate) struct Estimator {
     /// Of memory and of disks: sent in full, and sent again as a difference to what was sent before. Assumed until
     /// something was sent.
     full: [Option<f64>; 2],
+    sampled: [Option<f64>; 2],
     again: [Option<f64>; 2],
     window: Option<Window>,
 }
@@ -45,6 +46,7 @@ impl Estimator {
             rate: None,
             bytes_per_page: [ASSUMED_PAGE; 2],
             full: [None; 2],
+            sampled: [None; 2],
             again: [None; 2],
             window: None,
         }
@@ -85,17 +87,18 @@ impl Estimator {
         *smoothed = Some(smoothed.map_or(sample, |size| size + weight * (sample - size)));
     }
 
-    /// What the contents of a sample took in batches, before anything was sent.
+    /// What the contents of a sample take in batches. It is of all of the guest, and so better than what the first
+    /// chunks have shown.
     pub(crate) fn assume(&mut self, disk: bool, bytes: f64) {
-        self.bytes_per_page[usize::from(disk)] = bytes.max(1.0);
-        self.full[usize::from(disk)].get_or_insert(bytes.max(1.0));
+        if bytes.is_finite() {
+            self.sampled[usize::from(disk)] = Some(bytes.max(1.0));
+        }
     }
 
     /// Bytes of a page that goes in full.
     pub(crate) fn full_page(&self, disk: bool) -> f64 {
-        self.full[usize::from(disk)]
-            .unwrap_or(ASSUMED_PAGE)
-            .max(1.0)
+        let known = self.sampled[usize::from(disk)].or(self.full[usize::from(disk)]);
+        known.unwrap_or(ASSUMED_PAGE).max(1.0)
     }
 
     /// Bytes of a page of which the destination has an older version.

@@ -9,6 +9,7 @@ use super::planning::GuestUse;
 use crate::blocks::RegionId;
 use crate::plan::Limits;
 use crate::predict::Costs;
+use crate::profile::HeatRun;
 
 /// What the operator and the driver set.
 #[derive(Clone, Debug)]
@@ -34,7 +35,7 @@ pub struct SourceConfig {
     /// How the guest waits for what it lacks.
     pub guest: GuestUse,
     /// Heat that is known from an earlier look at the guest: runs of blocks and their levels.
-    pub known_heat: Vec<(RegionId, Vec<(u32, u32, u8)>)>,
+    pub known_heat: Vec<(RegionId, Vec<HeatRun>)>,
     /// Downtime to aim at by the simple rule.
     pub target_downtime: Duration,
     /// Pre-copy rounds at most, the first pass included.

@@ -310,6 +310,10 @@ impl SourceMachine {
             SourceInput::Message(message) => self.message(now, message),
             SourceInput::Accessed(blocks) => self.accessed(now, &blocks),
             SourceInput::Sampled(samples) => self.sampled(&samples),
+            SourceInput::Contents {
+                disk,
+                bytes_per_page,
+            } => self.estimator.assume(disk, bytes_per_page),
             SourceInput::Tracking(populated) => {
                 if self.answered(Awaited::StartTracking) && self.state == State::StartTracking {
                     self.tracking(now, populated);

@@ -239,7 +239,7 @@ impl SourceMachine {
             Mode::Precopy => everything(&situation, &bounds),
             Mode::Postcopy => nothing(&situation),
         };
-        if self.planned() && self.all_of_the_disks(&situation, &choice, &bounds) {
+        if self.planned() && all_of_the_disks(&situation, &choice, &bounds) {
             let unsent = std::mem::take(&mut self.unsent);
             self.pending.union_with(&unsent);
             return self.look(now);
@@ -292,19 +292,6 @@ impl SourceMachine {
             .after_round();
         self.planning.round = Some((cost, after.memory.stale()));
         freeze
-    }
-
-    /// Whether the guest loses less if what was not used of its disks goes before the freeze, too.
-    fn all_of_the_disks(&self, situation: &Situation, choice: &Choice, bounds: &Bounds) -> bool {
-        if situation.disks.unsent() < 1.0 {
-            return false;
-        }
-        let mut all = situation.clone();
-        for class in &mut all.disks.classes {
-            class.stale += std::mem::take(&mut class.unsent);
-        }
-        let other = choose(&all, bounds);
-        other.is_better_than(choice, bounds)
     }
 
     fn first_plan(&mut self, situation: &Situation, choice: &Choice, bounds: &Bounds) {
@@ -429,4 +416,17 @@ impl SourceMachine {
             *count += 1;
         }
     }
+}
+
+/// Whether the guest loses less if what was not used of its disks goes before the freeze, too.
+fn all_of_the_disks(situation: &Situation, choice: &Choice, bounds: &Bounds) -> bool {
+    if situation.disks.unsent() < 1.0 {
+        return false;
+    }
+    let mut all = situation.clone();
+    for class in &mut all.disks.classes {
+        class.stale += std::mem::take(&mut class.unsent);
+    }
+    let other = choose(&all, bounds);
+    other.is_better_than(choice, bounds)
 }
