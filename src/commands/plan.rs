@@ -124,9 +124,9 @@ fn link(
         }
     }
     let (bandwidth, bandwidth_cv) = match (args.bandwidth, known) {
-        (Some(bits), _) => {
-            notes.push(format!("rate {}: as named", show_rate(bits as f64 / 8.0)));
-            (bits as f64 / 8.0 * GOODPUT, SURE.0)
+        (Some(bytes), _) => {
+            notes.push(format!("rate {}: as named", show_rate(bytes as f64)));
+            (bytes as f64 * GOODPUT, SURE.0)
         }
         (None, Some(seen)) => {
             notes.push(format!(

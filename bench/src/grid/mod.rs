@@ -264,7 +264,7 @@ mod tests {
         let names: Vec<String> = grid.variants().iter().map(ToString::to_string).collect();
         assert_eq!(names[..4], ["planned", "observe", "precopy", "postcopy"]);
         let last = grid.variants().pop().unwrap();
-        assert_eq!(last.arguments(), ["--mem-frac", "1", "--disk-frac", "1"]);
+        assert_eq!(last.arguments(), ["--mem-frac", "1", "--disk-frac", "0"]);
     }
 
     #[test]

@@ -233,7 +233,9 @@ impl Situation {
         let brings = 1.0 + useful;
         let walk = kind.spread.walk * bandwidth / size;
         let served = kind.parallelism.max(1.0) * brings / stall + walk;
-        let speed = served / (demand + served);
+        // Nor can more come than the link carries, with what comes along for nothing.
+        let carried = bandwidth / size * brings / (brings + useless + ANSWER - 1.0);
+        let speed = (served / (demand + served)).min(carried / demand);
         Flow {
             speed,
             faults: speed * demand / (brings + kind.spread.walk * BATCH),
