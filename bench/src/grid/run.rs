@@ -139,7 +139,10 @@ impl Order<'_> {
             disk_mib,
         } = self.cell;
         let said = std::fs::File::create(keep.join("said")).context("cannot write")?;
-        let child = Command::new(self.program)
+        // A world of processes of its own ends as one: guests at the destination lead sessions of their own.
+        let child = Command::new("unshare")
+            .args(["--pid", "--fork", "--kill-child=KILL", "--mount-proc"])
+            .arg(self.program)
             .arg("demo")
             .args(["--link", link, "--profile", profile])
             .args(["--size", &format!("{memory_mib}M")])

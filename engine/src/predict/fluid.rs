@@ -233,8 +233,8 @@ impl Situation {
         let brings = 1.0 + useful;
         let walk = kind.spread.walk * bandwidth / size;
         let served = kind.parallelism.max(1.0) * brings / stall + walk;
-        // Nor can more come than the link carries, with what comes along for nothing.
-        let carried = bandwidth / size * brings / (brings + useless + ANSWER - 1.0);
+        // Nor can more come than the link carries, as answers and with what comes along for nothing.
+        let carried = bandwidth / size * brings / (brings * ANSWER + useless);
         let speed = (served / (demand + served)).min(carried / demand);
         Flow {
             speed,
