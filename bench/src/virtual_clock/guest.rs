@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use hybridmig_engine::blocks::{BlockSet, Blocks, RegionId};
 use hybridmig_engine::guest::workload::{
-    DiskPattern, DiskPatternState, DiskSpec, OperationKind, Partition, Pattern, PatternState,
-    Profile, mix,
+    ContentClass, Contents, DiskContents, DiskPattern, DiskPatternState, DiskSpec, OperationKind,
+    Partition, Pattern, PatternState, table_pages,
 };
 
 use hybridmig_engine::profile::AccessSample;
@@ -13,11 +13,14 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 
 use super::Setting;
+use super::codec::Kind;
 
 pub const MEMORY: RegionId = RegionId(0);
 pub const DISK: RegionId = RegionId(1);
 /// Sectors of a block of the disk.
 const BLOCK_SECTORS: u32 = 16;
+/// Generations in a page of a table.
+const ENTRIES: u32 = 1024;
 /// How long a block of a disk counts as used.
 const USED: Duration = Duration::from_secs(60);
 /// The working set is what is accessed in so long.
@@ -30,15 +33,39 @@ pub type Block = (RegionId, u32);
 
 /// One region on both hosts.
 struct Region {
+    /// Writes so far; of a disk, in sectors.
     truth: Vec<u32>,
+    /// Whether the host has the block, be it for zeroes.
+    present: Vec<bool>,
     there: Vec<Option<u32>>,
+    /// Writes at the destination to what is missing there.
+    landed: Vec<u32>,
     touched: Vec<Option<Duration>>,
+}
+
+/// What is done with a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Touch {
+    Read,
+    /// So many sectors, or the page, after a look.
+    Write(u32),
+    /// Sectors, without one: it does not wait for what is missing.
+    Replace(u32),
 }
 
 /// Who accesses.
 enum Hand {
     Memory(Pattern, PatternState, Partition),
-    Disk(DiskPattern, DiskPatternState, u32),
+    Disk(DiskHand),
+}
+
+struct DiskHand {
+    pattern: DiskPattern,
+    state: DiskPatternState,
+    /// First block of its share.
+    first: u32,
+    /// First page of the generations of the disk's sectors.
+    table: u32,
 }
 
 /// A thread of the guest.
@@ -47,7 +74,7 @@ pub struct Worker {
     /// Accesses per second of a disk thread.
     rate: f64,
     /// What it is in the midst of: not yet done because a block was missing.
-    due: Vec<(Block, bool)>,
+    due: Vec<(Block, Touch)>,
     pub waits: Option<Block>,
     pub since: Duration,
     /// Part of an access that fell due.
@@ -59,8 +86,8 @@ pub struct Worker {
 }
 
 pub struct Guest {
-    profile: Profile,
-    seed: u64,
+    contents: Contents,
+    tables: BlockSet,
     regions: Vec<Region>,
     pub workers: Vec<Worker>,
     pub runs_here: bool,
@@ -72,31 +99,40 @@ pub struct Guest {
 
 impl Guest {
     pub fn new(setting: &Setting) -> Self {
+        let (profile, seed, threads) = (setting.profile, setting.seed, setting.threads);
         let pages = (setting.memory_mib << 8) as u32;
         let disk = (setting.disk_mib << 4) as u32;
-        let spec = DiskSpec::of(setting.profile);
+        let spec = DiskSpec::of(profile);
+        // The last pages hold the generations of the disk's sectors.
+        let own = pages - table_pages(disk * BLOCK_SECTORS);
         let mut regions = vec![Region::new(pages)];
-        let mut workers: Vec<Worker> = (0..setting.threads)
-            .map(|worker| {
-                let partition = Partition::of(worker, setting.threads, pages);
-                let pattern =
-                    Pattern::new(setting.profile, setting.threads, partition.data_pages());
-                let state = PatternState::new(setting.seed, worker);
-                let rate = pattern.rate(&state);
-                Worker::new(Hand::Memory(pattern, state, partition), rate)
-            })
-            .collect();
+        let mut tables: BlockSet = (own..pages).collect();
+        let mut workers = Vec::new();
+        for worker in 0..threads {
+            let partition = Partition::of(worker, threads, own);
+            let table = partition.pages() - partition.data_pages();
+            tables.extend(partition.page(0) - table..partition.page(0));
+            let pattern = Pattern::new(profile, threads, partition.data_pages());
+            let state = PatternState::new(seed, worker);
+            let rate = pattern.rate(&state);
+            workers.push(Worker::new(Hand::Memory(pattern, state, partition), rate));
+        }
         if disk > 0 {
             regions.push(Region::new(disk));
-            let threads = spec.threads.min(setting.threads);
-            let share = disk / threads;
+            let threads = spec.threads.min(threads);
             for worker in 0..threads {
-                let pattern = DiskPattern::new(spec, share);
-                let state = DiskPatternState::new(setting.seed, worker);
+                let bound = |of: u32| disk * of / threads;
+                let (first, end) = (bound(worker), bound(worker + 1));
+                let hand = DiskHand {
+                    pattern: DiskPattern::new(spec, end - first),
+                    state: DiskPatternState::new(seed, worker),
+                    first,
+                    table: own,
+                };
                 let rate = f64::from(spec.rate()) / f64::from(threads);
-                let mut worker = Worker::new(Hand::Disk(pattern, state, worker * share), rate);
+                let mut worker = Worker::new(Hand::Disk(hand), rate);
                 // Sectors count as work.
-                worker.weight = rate * f64::from(spec.sizes.0 + spec.sizes.1) / 2.0;
+                worker.weight = rate * sectors(spec);
                 workers.push(worker);
             }
         }
@@ -105,8 +141,8 @@ impl Guest {
             worker.weight /= all;
         }
         let mut guest = Self {
-            profile: setting.profile,
-            seed: setting.seed,
+            contents: Contents::new(profile, profile.spec().contents, seed),
+            tables,
             regions,
             workers,
             runs_here: true,
@@ -115,13 +151,12 @@ impl Guest {
             trapped: Blocks::new(),
         };
         for page in 0..pages {
-            // Pages of the class zero are not there until they are touched.
-            guest.regions[0].truth[page as usize] = u32::from(guest.class(page) != Class::Zero);
+            let first = guest.contents.first_generation(page).max(u32::from(guest.tables.contains(page)));
+            guest.regions[0].begin(page, first);
         }
+        let contents = DiskContents::new(profile, seed);
         for block in 0..disk {
-            let used =
-                mix(guest.seed ^ u64::from(block / 16) ^ 0xd15c) % 100 < u64::from(spec.used);
-            guest.regions[1].truth[block as usize] = u32::from(used);
+            guest.regions[1].begin(block, u32::from(contents.is_used(block)));
         }
         guest
     }
@@ -134,42 +169,30 @@ impl Guest {
             .collect()
     }
 
-    fn class(&self, page: u32) -> Class {
-        let shares = self.profile.spec().contents;
-        let draw = (mix(self.seed ^ mix(u64::from(page) + 7)) % 100) as u32;
-        match draw {
-            draw if draw < shares.zero => Class::Zero,
-            draw if draw < shares.zero + shares.text => Class::Text,
-            draw if draw < shares.zero + shares.text + shares.duplicate => Class::Duplicate,
-            _ => Class::Random,
-        }
-    }
-
-    /// Bytes of a block in a batch; `again` if the destination has an older version of it.
-    pub fn wire_bytes(&self, (region, block): Block, again: bool) -> f64 {
-        if region == DISK {
-            let shares = DiskSpec::of(self.profile).contents;
-            let random = 100 - shares.zero - shares.text - shares.duplicate;
-            let page = f64::from(shares.text) / 100.0 * TEXT + f64::from(random) / 100.0 * RANDOM;
-            return 16.0 * page + 64.0;
-        }
-        // A written page of the class zero has a header, and those of duplicates are named.
-        let size = match self.class(block) {
-            Class::Zero => 60.0,
-            Class::Duplicate => 40.0,
-            Class::Random => RANDOM,
-            Class::Text => TEXT,
-        };
-        let parts = f64::from(self.profile.spec().parts);
-        if again && size >= TEXT && parts > 1.0 {
-            size / parts + 120.0
+    /// What is in a block.
+    pub fn kind(&self, block: Block) -> Kind {
+        let (region, number) = block;
+        let version = self.version(block);
+        if version == 0 {
+            Kind::Zero
+        } else if region == DISK {
+            Kind::Disk
+        } else if self.tables.contains(number) {
+            Kind::Table
         } else {
-            size
+            match self.contents.class(number) {
+                ContentClass::Duplicate => {
+                    Kind::Shared(self.contents.shared_content(number, version))
+                }
+                class => Kind::Page(class),
+            }
         }
     }
 
+    /// What the source has of a block: what the destination wrote to it while it was missing there is not part of it.
     pub fn version(&self, (region, block): Block) -> u32 {
-        self.regions[usize::from(region.0)].truth[block as usize]
+        let region = &self.regions[usize::from(region.0)];
+        region.truth[block as usize] - region.landed[block as usize]
     }
 
     /// Lets all workers do what falls due in `dt` until `now`; the blocks that they then wait for.
@@ -207,37 +230,42 @@ impl Guest {
 
     /// Does what worker `index` is in the midst of; the block that it has to wait for.
     fn go_on(&mut self, index: usize, now: Duration) -> Option<Block> {
-        while let Some((block, write)) = self.workers[index].due.last().copied() {
-            if self.runs_there && self.trapped.contains(block.0, block.1) {
+        while let Some((block, touch)) = self.workers[index].due.last().copied() {
+            let waits = !matches!(touch, Touch::Replace(_));
+            if waits && self.runs_there && self.trapped.contains(block.0, block.1) {
                 return Some(block);
             }
             self.workers[index].due.pop();
-            self.access(block, write, now);
+            self.access(block, touch, now);
         }
         None
     }
 
-    fn access(&mut self, (id, block): Block, write: bool, now: Duration) {
+    fn access(&mut self, (id, block): Block, touch: Touch, now: Duration) {
         let region = &mut self.regions[usize::from(id.0)];
         let at = block as usize;
         region.touched[at] = Some(now);
-        if self.runs_there {
+        let missing = self.runs_there && self.trapped.contains(id, block);
+        if self.runs_there && !missing {
             let there = region.there[at].unwrap_or(0);
             assert_eq!(
                 there, region.truth[at],
                 "{id} {block} is wrong at the destination"
             );
-        } else if region.truth[at] == 0 {
+        } else if self.runs_here && id == MEMORY && !region.present[at] {
             // Reading a hole of memory fills it with zeroes.
-            region.truth[at] = 1;
+            region.present[at] = true;
             self.dirty.insert(id, block);
         }
-        if write {
-            region.truth[at] += 1;
-            if self.runs_there {
-                region.there[at] = Some(region.truth[at]);
-            } else {
+        if let Touch::Write(count) | Touch::Replace(count) = touch {
+            region.truth[at] += count;
+            region.present[at] = true;
+            if !self.runs_there {
                 self.dirty.insert(id, block);
+            } else if missing {
+                region.landed[at] += count;
+            } else {
+                region.there[at] = Some(region.truth[at]);
             }
         }
     }
@@ -245,8 +273,8 @@ impl Guest {
     pub fn content(&self) -> Blocks {
         let mut content = Blocks::new();
         for (id, region) in self.regions.iter().enumerate() {
-            let with = |(block, version): (usize, &u32)| (*version > 0).then_some(block as u32);
-            let set: BlockSet = region.truth.iter().enumerate().filter_map(with).collect();
+            let with = |(block, present): (usize, &bool)| present.then_some(block as u32);
+            let set: BlockSet = region.present.iter().enumerate().filter_map(with).collect();
             *content.entry(RegionId(id as u16)) = set;
         }
         content
@@ -262,7 +290,7 @@ impl Guest {
         let (mut watched, mut accessed) = (BlockSet::new(), BlockSet::new());
         for _ in 0..SAMPLED {
             let block = rng.random_range(0..region.truth.len() as u32);
-            if region.truth[block as usize] > 0 {
+            if region.present[block as usize] {
                 watched.insert(block);
                 if region.touched[block as usize].is_some_and(|at| at > since) {
                     accessed.insert(block);
@@ -302,7 +330,14 @@ impl Guest {
         if armed && !self.trapped.remove(block.0, block.1) {
             return false;
         }
-        self.regions[usize::from(block.0.0)].there[block.1 as usize] = Some(version);
+        let region = &mut self.regions[usize::from(block.0.0)];
+        let at = block.1 as usize;
+        // What was written meanwhile without a look stays; the rest must be what was frozen.
+        let landed = region.landed[at];
+        if armed {
+            assert_eq!(version + landed, region.truth[at], "{} {} is stale", block.0, block.1);
+        }
+        region.there[at] = Some(version + landed);
         for worker in &mut self.workers {
             if worker.waits == Some(block) {
                 worker.waits = None;
@@ -316,35 +351,27 @@ impl Guest {
     pub fn check(&self) {
         for region in &self.regions {
             for (block, (truth, there)) in region.truth.iter().zip(&region.there).enumerate() {
-                let there = there.unwrap_or(0);
-                assert!(
-                    *truth == there || (*truth <= 1 && there == 0),
-                    "{block}: {truth} {there}"
-                );
+                assert_eq!(*truth, there.unwrap_or(0), "block {block}");
             }
         }
     }
-}
-
-/// Bytes of a page of words, and of random bytes, in a batch.
-const TEXT: f64 = 1450.0;
-const RANDOM: f64 = 4100.0;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Class {
-    Zero,
-    Text,
-    Duplicate,
-    Random,
 }
 
 impl Region {
     fn new(blocks: u32) -> Self {
         Self {
             truth: vec![0; blocks as usize],
+            present: vec![false; blocks as usize],
             there: vec![None; blocks as usize],
+            landed: vec![0; blocks as usize],
             touched: vec![None; blocks as usize],
         }
+    }
+
+    /// What a block is when the guest starts.
+    fn begin(&mut self, block: u32, version: u32) {
+        self.truth[block as usize] = version;
+        self.present[block as usize] = version > 0;
     }
 }
 
@@ -364,31 +391,40 @@ impl Worker {
 }
 
 impl Hand {
-    /// Blocks of the next access, the first to be touched last in the list, and whether each is written.
-    fn next(&mut self) -> Vec<(Block, bool)> {
+    /// Blocks of the next access and what is done with them, the first to be touched last in the list.
+    fn next(&mut self) -> Vec<(Block, Touch)> {
         match self {
             Self::Memory(pattern, state, partition) => {
                 let access = pattern.next(state);
                 let page = partition.page(access.index);
-                let table = partition.page(0) - partition.pages() + partition.data_pages();
-                // 1024 generations of 32 bits to a page of the table.
-                let entry = table + access.index / 1024;
-                vec![
-                    ((MEMORY, page), access.write),
-                    ((MEMORY, entry), access.write),
-                ]
+                let table = partition.page(0) + partition.data_pages() - partition.pages();
+                let entry = table + access.index / ENTRIES;
+                let touch = if access.write {
+                    Touch::Write(1)
+                } else {
+                    Touch::Read
+                };
+                vec![((MEMORY, page), touch), ((MEMORY, entry), touch)]
             }
-            Self::Disk(pattern, state, first) => {
-                let operation = pattern.next(state);
-                let block = *first + operation.first / BLOCK_SECTORS;
-                let whole = operation.count == BLOCK_SECTORS;
-                let write = operation.kind != OperationKind::Read;
-                // A write lands without the block's old contents; what is not replaced comes later.
-                if operation.kind == OperationKind::Replace && whole {
-                    return vec![];
-                }
-                vec![((DISK, block), write)]
+            Self::Disk(hand) => {
+                let operation = hand.pattern.next(&mut hand.state);
+                let sector = hand.first * BLOCK_SECTORS + operation.first;
+                let entry = hand.table + sector / ENTRIES;
+                let (of_block, of_entry) = match operation.kind {
+                    OperationKind::Read => (Touch::Read, Touch::Read),
+                    OperationKind::Update => (Touch::Write(operation.count), Touch::Write(1)),
+                    OperationKind::Replace => (Touch::Replace(operation.count), Touch::Write(1)),
+                };
+                let block = (DISK, sector / BLOCK_SECTORS);
+                vec![(block, of_block), ((MEMORY, entry), of_entry)]
             }
         }
     }
+}
+
+/// Sectors of an operation, on average: powers of two, each as likely.
+fn sectors(spec: &DiskSpec) -> f64 {
+    let (small, large) = (spec.sizes.0.ilog2(), spec.sizes.1.ilog2());
+    let sum: u32 = (small..=large).map(|power| 1 << power).sum();
+    f64::from(sum) / f64::from(large - small + 1)
 }

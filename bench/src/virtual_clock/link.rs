@@ -1,114 +1,256 @@
-//! The link as the lanes see it: one bottleneck, bulk batches one after the other, what is urgent overtaking them; lost packets that
-//! hold up the batch that they belong to where nothing makes up for them.
+//! One direction of the link, packet by packet: queues of lanes at the sender, which sends as fast as the bottleneck drains, what
+//! is urgent first; the emulator's own model decides what becomes of each packet. What has parity does without a few of its
+//! packets, others have to be sent again.
 
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::time::Duration;
 
 use hybridmig_engine::session::io::Lane;
-use hybridmig_netem::LinkSpec;
-use rand::Rng;
-use rand::rngs::SmallRng;
+use hybridmig_netem::DirectionSpec;
+use hybridmig_netem::model::Path;
 
 use super::seconds;
 
-/// Of the link's rate what batches get: headers, acknowledgements, what congestion control leaves.
-const GOODPUT: f64 = 0.93;
-/// What waits at the bottleneck before anything that overtakes, in seconds.
-const QUEUE: f64 = 0.003;
-/// What is given to it in advance, in seconds.
-const AHEAD: f64 = 0.02;
-/// Bytes of a packet.
-const PACKET: f64 = 1400.0;
-/// Answers to faults carry parity: bytes over those of the block.
-const URGENT: f64 = 1.5;
+/// Contents of a full packet, and its length with all headers.
+const PACKET: usize = 1414;
+const HEADERS: usize = 66;
+/// What congestion control lets wait at the bottleneck.
+const QUEUE: Duration = Duration::from_millis(2);
+/// Window that bulk begins with, in bytes; it doubles every round trip.
+const FIRST_WINDOW: f64 = 40_000.0;
+/// Round trips until a loss is known.
+const NOTICED: f64 = 1.125;
+/// Parity of what a guest or the handover waits for, as a share of its packets, and at least so many.
+const PARITY: f64 = 0.24;
+const LEAST_PARITY: usize = 2;
+/// Bytes of bulk that QUIC takes beyond two windows.
+const BULK_AHEAD: f64 = (1 << 20) as f64;
+/// Rate of a link that has none.
+const UNLIMITED: f64 = 125e6;
+/// Packets after which a path shows what it is.
+const PROBES: u32 = 4000;
+
+/// Something that is on its way.
+struct Cargo {
+    lane: Lane,
+    bytes: usize,
+    /// Packets that have yet to be sent for the first time.
+    unsent: usize,
+    /// Packets that it takes, and those that came.
+    needed: usize,
+    came: usize,
+    /// Lost packets that parity makes up for.
+    spare: usize,
+    latest: Duration,
+}
+
+impl Cargo {
+    /// Bytes of contents in the next packet.
+    fn packet(&self) -> usize {
+        self.bytes.clamp(40, PACKET)
+    }
+}
 
 /// One direction.
 pub struct Direction {
-    /// Bytes per second.
-    pub rate: f64,
-    delay: f64,
-    jitter: f64,
-    pub loss: f64,
-    /// When what was given to it is out, by lane: what is above a lane is in its time, too.
-    busy: [Duration; 4],
+    path: Path,
+    /// Of the bottleneck, bytes per second with all headers.
+    wire: f64,
+    /// Mean and least time on the way, without a queue.
+    way: Duration,
+    least: Duration,
+    /// Round trip with the other direction.
+    rtt: Duration,
+    loss: f64,
+    queues: [VecDeque<u64>; 4],
+    cargo: BTreeMap<u64, Cargo>,
+    /// Lost packets, by when that is known.
+    again: BinaryHeap<Reverse<(Duration, u64)>>,
+    /// When the next packet may be sent.
+    free: Duration,
+    opened: Option<Duration>,
     last_control: Duration,
+    unsent_bulk: f64,
+    /// Bytes that were sent, without headers.
+    pub sent: u64,
 }
 
 impl Direction {
-    /// Of a link: forward, or back.
-    pub fn new(link: &LinkSpec, forward: bool) -> Self {
-        let spec = if forward { &link.forward } else { &link.back };
+    /// An idle one.
+    pub fn new(spec: &DirectionSpec, seed: u64) -> Self {
+        let wire = spec.rate.map_or(UNLIMITED, |bits| bits as f64 / 8.0);
+        let (way, least) = probe(spec, wire, seed);
         Self {
-            rate: spec.rate.map_or(125e6, |bits| bits as f64 / 8.0) * GOODPUT,
-            delay: spec.delay.as_secs_f64(),
-            jitter: spec.jitter.as_secs_f64(),
+            path: Path::new(spec, seed),
+            wire,
+            way,
+            least,
+            rtt: 2 * way,
             loss: spec.loss.mean(),
-            busy: [Duration::ZERO; 4],
+            queues: Default::default(),
+            cargo: BTreeMap::new(),
+            again: BinaryHeap::new(),
+            free: Duration::ZERO,
+            opened: None,
             last_control: Duration::ZERO,
+            unsent_bulk: 0.0,
+            sent: 0,
         }
     }
 
-    /// Bulk begins no sooner: until then a window grows.
-    pub fn begin(&mut self, at: Duration) {
-        self.busy[Lane::Bulk as usize] = at;
+    /// Both directions of a link.
+    pub fn pair(link: &hybridmig_netem::LinkSpec, seed: u64) -> [Self; 2] {
+        let mut pair = [
+            Self::new(&link.forward, seed),
+            Self::new(&link.back, seed ^ 1),
+        ];
+        let rtt = pair[0].way + pair[1].way;
+        pair.iter_mut().for_each(|direction| direction.rtt = rtt);
+        pair
     }
 
-    /// Round trip over this direction and the other, with what waits at the bottleneck.
-    pub fn rtt(&self, other: &Self) -> Duration {
-        seconds(self.delay + other.delay + QUEUE)
+    /// Round trip that is seen, and the shortest.
+    pub fn rtts(&self, other: &Self) -> (Duration, Duration) {
+        (self.rtt + QUEUE, self.least + other.least)
     }
 
-    /// Whether bulk waits for what is before it.
-    pub fn is_busy(&self, now: Duration) -> bool {
-        // So much ahead keeps it busy.
-        self.busy[Lane::Bulk as usize] > now + seconds(AHEAD)
+    /// Bytes per second that congestion control measures.
+    pub fn bandwidth(&self) -> f64 {
+        0.985 * self.wire
     }
 
-    /// When the next bulk batch may be given to it.
-    pub fn free(&self) -> Duration {
-        self.busy[Lane::Bulk as usize].saturating_sub(seconds(AHEAD))
+    /// Share of packets that are lost.
+    pub fn loss(&self) -> f64 {
+        self.loss
     }
 
-    /// Sends: when it arrives. What is `awaited` has parity, so that a loss costs no time.
-    pub fn send(
-        &mut self,
-        now: Duration,
-        lane: Lane,
-        bytes: f64,
-        awaited: bool,
-        rng: &mut SmallRng,
-    ) -> Duration {
-        let bytes = if lane == Lane::Urgent {
-            bytes * URGENT
+    /// Whether QUIC takes more bulk.
+    pub fn has_room(&self) -> bool {
+        self.unsent_bulk < 2.0 * self.wire * self.rtt.as_secs_f64() + BULK_AHEAD
+    }
+
+    /// Takes something to be sent. `guarded`: with parity.
+    pub fn give(&mut self, id: u64, lane: Lane, bytes: f64, guarded: bool) {
+        let bytes = (bytes as usize).max(1);
+        let needed = bytes.div_ceil(PACKET);
+        let spare = if guarded {
+            ((needed as f64 * PARITY) as usize).max(LEAST_PARITY)
         } else {
-            bytes
+            0
         };
-        let takes = seconds(bytes / self.rate);
-        let jitter = self.jitter * (rng.random::<f64>() - 0.5);
-        let way = seconds(self.delay + jitter);
-        let begin = self.busy[lane as usize].max(now);
-        let waits = self.busy[Lane::Bulk as usize].saturating_sub(now);
-        // What is of lower rank comes later by what this takes.
-        for (rank, busy) in self.busy.iter_mut().enumerate() {
-            if rank >= lane as usize {
-                *busy = (*busy).max(begin) + takes;
-            }
+        let cargo = Cargo {
+            lane,
+            bytes,
+            unsent: needed + spare,
+            needed,
+            came: 0,
+            spare,
+            latest: Duration::ZERO,
+        };
+        if lane == Lane::Bulk {
+            self.unsent_bulk += (cargo.unsent * cargo.packet()) as f64;
         }
-        let mut arrival = begin + takes + way;
-        if lane != Lane::Bulk {
-            // It overtakes all but what is in the bottleneck's queue already.
-            arrival += seconds(QUEUE).min(waits);
-        }
-        if lane == Lane::Bulk && !awaited {
-            let packets = (bytes / PACKET).ceil();
-            let lost = 1.0 - (1.0 - self.loss).powf(packets);
-            if rng.random_bool(lost.clamp(0.0, 1.0)) {
-                arrival += seconds(2.25 * self.delay);
-            }
-        }
-        if lane == Lane::Control {
-            arrival = arrival.max(self.last_control + Duration::from_nanos(1));
-            self.last_control = arrival;
-        }
-        arrival
+        self.cargo.insert(id, cargo);
+        self.queues[lane as usize].push_back(id);
     }
+
+    /// When there is something to send.
+    pub fn next(&self) -> Option<Duration> {
+        let waiting = self.queues.iter().any(|queue| !queue.is_empty());
+        let again = self.again.peek().map(|Reverse((at, _))| *at);
+        let at = if waiting {
+            Some(Duration::ZERO)
+        } else {
+            again
+        };
+        at.map(|at| at.max(self.free))
+    }
+
+    /// Sends a packet. What is complete with it, and when that arrives.
+    pub fn step(&mut self, now: Duration) -> Option<(Duration, u64)> {
+        let (id, first) = self.choose(now)?;
+        let cargo = self.cargo.get_mut(&id)?;
+        let contents = cargo.packet();
+        if first {
+            cargo.unsent -= 1;
+            if cargo.lane == Lane::Bulk {
+                self.unsent_bulk -= contents as f64;
+                self.opened.get_or_insert(now);
+            }
+        }
+        self.sent += contents as u64;
+        let fate = self.path.admit(now, contents + HEADERS, 0);
+        let mut complete = None;
+        if let Ok(fate) = fate {
+            cargo.came += 1;
+            if cargo.came <= cargo.needed {
+                cargo.latest = cargo.latest.max(fate.due);
+            }
+            complete = (cargo.came == cargo.needed).then_some((cargo.latest, cargo.lane));
+        } else if cargo.spare > 0 {
+            cargo.spare -= 1;
+        } else if cargo.came < cargo.needed {
+            let known = now + self.rtt.mul_f64(NOTICED);
+            self.again.push(Reverse((known, id)));
+        }
+        let done = cargo.came >= cargo.needed && cargo.unsent == 0;
+        let waiting = self.path.backlog_bytes(now) as f64 / self.wire;
+        let packet = seconds((contents + HEADERS) as f64 / self.wire);
+        let gap = self.opened.map_or(0.0, |opened| {
+            let trips = now.saturating_sub(opened).as_secs_f64() / self.rtt.as_secs_f64();
+            contents as f64 * self.rtt.as_secs_f64() / (FIRST_WINDOW * trips.min(40.0).exp2())
+        });
+        let paced = now + seconds(gap);
+        self.free = (now + seconds(waiting)).saturating_sub(QUEUE.max(packet));
+        self.free = self.free.max(now).max(paced);
+        if done {
+            self.cargo.remove(&id);
+        }
+        complete.map(|(at, lane)| (self.in_order(at, lane), id))
+    }
+
+    /// Whose packet goes next; whether it is a new one.
+    fn choose(&mut self, now: Duration) -> Option<(u64, bool)> {
+        if let Some(Reverse((at, id))) = self.again.peek().copied()
+            && at <= now
+        {
+            self.again.pop();
+            return Some((id, false));
+        }
+        let queue = self.queues.iter_mut().find(|queue| !queue.is_empty())?;
+        let id = *queue.front()?;
+        if self.cargo.get(&id).is_some_and(|cargo| cargo.unsent == 1) {
+            queue.pop_front();
+        }
+        Some((id, true))
+    }
+
+    /// Control messages are one stream.
+    fn in_order(&mut self, at: Duration, lane: Lane) -> Duration {
+        if lane != Lane::Control {
+            return at;
+        }
+        self.last_control = at.max(self.last_control + Duration::from_nanos(1));
+        self.last_control
+    }
+}
+
+/// Mean and shortest time on the way of packets that do not wait for each other.
+fn probe(spec: &DirectionSpec, wire: f64, seed: u64) -> (Duration, Duration) {
+    let mut path = Path::new(spec, seed ^ 0x9e37);
+    let bytes = PACKET + HEADERS;
+    let gap = seconds(bytes as f64 / wire);
+    let (mut now, mut sum, mut count, mut least) = (Duration::ZERO, Duration::ZERO, 0, Duration::MAX);
+    for _ in 0..PROBES {
+        now += gap;
+        if let Ok(fate) = path.admit(now, bytes, 0) {
+            let took = fate.due.saturating_sub(now);
+            (sum, count, least) = (sum + took, count + 1, least.min(took));
+        }
+    }
+    if count == 0 {
+        return (spec.delay, spec.delay);
+    }
+    (sum / count, least)
 }

@@ -5,6 +5,7 @@
 //! Contents are versions, not bytes: a page that is read at the destination must have the version that it had at the source, so a
 //! migration that loses a write fails here, too.
 
+mod codec;
 mod guest;
 mod link;
 mod sweep;
@@ -57,8 +58,10 @@ pub struct Steps {
     pub save: f64,
     /// A journal record.
     pub journal: f64,
-    /// Discarding stale blocks and arming.
+    /// Discarding stale blocks and arming, and what each page takes that is there.
     pub arm: f64,
+    /// See `arm`.
+    pub arm_page: f64,
     /// Loading the state.
     pub load: f64,
     /// Running the guest.
@@ -70,14 +73,15 @@ pub struct Steps {
 impl Default for Steps {
     fn default() -> Self {
         Self {
-            stop: 0.001,
+            stop: 0.000_2,
             scan: 0.004,
-            save: 0.003,
+            save: 0.000_3,
             journal: 0.001,
-            arm: 0.012,
-            load: 0.001,
-            resume: 0.001,
-            prepare: 0.15,
+            arm: 0.001_5,
+            arm_page: 3e-7,
+            load: 0.000_5,
+            resume: 0.000_3,
+            prepare: 0.05,
         }
     }
 }
@@ -93,8 +97,12 @@ pub struct Came {
     pub remote_up: f64,
     /// L in seconds.
     pub lost_work: f64,
+    /// T₉₅ in seconds from the freeze on.
+    pub t95: Option<f64>,
     /// Bytes in batches.
     pub bytes: u64,
+    /// Bytes of packets, with what had to be sent again and parity.
+    pub sent: u64,
     /// Faults over the network.
     pub faults: u64,
     /// Rounds.

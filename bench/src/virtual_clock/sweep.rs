@@ -43,7 +43,7 @@ fn known(steps: &Steps) -> Costs {
         scan: cost(2.0 * steps.scan),
         save: cost(steps.save),
         overhead: cost(steps.journal + 0.004),
-        load: cost(steps.arm + steps.load + steps.journal + steps.resume),
+        load: cost(steps.arm + 0.005 + steps.load + steps.journal + steps.resume),
         finish: cost(0.01),
         start: cost(steps.prepare + 0.01),
         state_bytes: 2000.0,

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use hybridmig_engine::agility::{SpeedSample, agility};
 use hybridmig_engine::blocks::{Blocks, RegionId};
 use hybridmig_engine::predict::Costs;
 use hybridmig_engine::session::destination::{DestinationConfig, DestinationMachine};
@@ -15,11 +16,12 @@ use hybridmig_engine::session::io::{
 use hybridmig_engine::session::ledger::Ledger;
 use hybridmig_engine::session::source::{GuestUse, SourceConfig, SourceMachine};
 use hybridmig_transport::message::{
-    GuestDescription, Message, Mode, RegionInfo, RegionKind, SessionId,
+    GuestDescription, Message, RegionInfo, RegionKind, SessionId,
 };
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
+use super::codec::{Codec, Kind};
 use super::guest::{Block, Guest};
 use super::link::Direction;
 use super::{Came, Setting, Steps, seconds};
@@ -28,9 +30,14 @@ use super::{Came, Setting, Steps, seconds};
 const TICK: Duration = Duration::from_millis(1);
 /// How long the guest runs before the session begins.
 const BEFORE: Duration = Duration::from_secs(4);
-/// Round trips that dialling takes, and after which the window is open.
-const DIAL: f64 = 2.0;
-const START: f64 = 7.0;
+/// Round trips that dialling takes.
+const DIAL: f64 = 1.0;
+/// Batches that may wait, encoded, for the transport.
+const ENCODED: usize = 4;
+/// Bytes of a control message.
+const MESSAGE: f64 = 120.0;
+/// Time between two samples of the guest's speed.
+const SAMPLE: Duration = Duration::from_millis(50);
 /// Time between two looks at the link.
 const FIGURES: Duration = Duration::from_millis(100);
 /// No migration takes longer.
@@ -39,6 +46,8 @@ const LONGEST: Duration = Duration::from_secs(1200);
 const PER_PAGE: f64 = 12e-6;
 /// Length of the device state of the embedded guest.
 const STATE: u64 = 4000;
+/// What is left of it when it is compressed.
+const STATE_RATIO: f64 = 0.5;
 
 enum Event {
     Tick,
@@ -50,14 +59,22 @@ enum Event {
     Encoded(Chunk),
     Batch(Batch),
     Applied(AppliedBatch),
-    Poll,
+    /// There is something to send, there or back.
+    Link(usize),
+}
+
+/// A chunk that was encoded and waits for the transport.
+struct Encoded {
+    lane: Lane,
+    awaited: bool,
+    bytes: f64,
+    batch: Batch,
 }
 
 struct Batch {
     id: u64,
     pass: u32,
     blocks: Vec<(Block, u32)>,
-    state: u64,
 }
 
 /// One migration under the clock.
@@ -80,7 +97,17 @@ pub struct World {
     ledger: Option<Ledger>,
     armed: bool,
     missing: Blocks,
-    sent_before: Blocks,
+    codec: Codec,
+    /// Encoded, by lane.
+    waiting: [VecDeque<Encoded>; 4],
+    /// What the links carry.
+    carried: BTreeMap<u64, Event>,
+    /// When the links are to be looked at.
+    wake: [Option<Duration>; 2],
+    /// The guest's speed since the freeze, and the time it ran in the sample under way.
+    speed: Vec<SpeedSample>,
+    ran: f64,
+    sampled: Duration,
     outcome: Option<SourceOutcome>,
     ended: bool,
     frozen: Option<Duration>,
@@ -88,7 +115,6 @@ pub struct World {
     complete: Option<Duration>,
     working_set: u64,
     faults: u64,
-    polled: Option<Duration>,
     /// When the guest's accesses were looked at last.
     looked: Duration,
 }
@@ -142,10 +168,8 @@ impl World {
             name: "guest".into(),
             facts: BTreeMap::new(),
         };
-        let links = [
-            Direction::new(&setting.link, true),
-            Direction::new(&setting.link, false),
-        ];
+        let links = Direction::pair(&setting.link, setting.seed);
+        let codec = Codec::new(setting.profile, setting.seed, level(links[0].bandwidth()));
         Self {
             rng: SmallRng::seed_from_u64(setting.seed),
             steps,
@@ -164,7 +188,13 @@ impl World {
             ledger: None,
             armed: false,
             missing: Blocks::new(),
-            sent_before: Blocks::new(),
+            codec,
+            waiting: Default::default(),
+            carried: BTreeMap::new(),
+            wake: [None; 2],
+            speed: Vec::new(),
+            ran: 0.0,
+            sampled: Duration::ZERO,
             outcome: None,
             ended: false,
             frozen: None,
@@ -172,7 +202,6 @@ impl World {
             complete: None,
             working_set: 0,
             faults: 0,
-            polled: None,
             looked: Duration::ZERO,
             setting,
         }
@@ -183,9 +212,8 @@ impl World {
     /// # Errors
     /// Where it ends in any other way, or not at all.
     pub fn run(mut self) -> Result<Option<Came>> {
-        let rtt = self.links[0].rtt(&self.links[1]);
+        let (rtt, _) = self.links[0].rtts(&self.links[1]);
         self.now = rtt.mul_f64(DIAL);
-        self.links[0].begin(rtt.mul_f64(START));
         self.destination
             .handle(self.now, DestinationInput::Connected);
         self.source.handle(self.now, SourceInput::Connected);
@@ -238,7 +266,9 @@ impl World {
             downtime,
             remote_up: resumed.as_secs_f64(),
             lost_work: downtime + waited,
+            t95: agility(&self.speed).and_then(|agility| agility.t95),
             bytes: figures.bytes(),
+            sent: self.links[0].sent,
             faults: self.faults,
             rounds: figures.rounds.len(),
             freeze_set: figures.freeze_set,
@@ -266,9 +296,7 @@ impl World {
                 idle = false;
                 match command {
                     SourceCommand::Send(message) => {
-                        let at =
-                            self.links[0].send(self.now, Lane::Control, 120.0, true, &mut self.rng);
-                        self.at(at, Event::ToDestination(message));
+                        self.give(0, Lane::Control, MESSAGE, Event::ToDestination(message));
                     }
                     SourceCommand::CloseLink { .. } => {}
                     SourceCommand::Finish(outcome) => self.outcome = Some(outcome),
@@ -279,14 +307,11 @@ impl World {
                 idle = false;
                 match command {
                     DestinationCommand::Send(message) => {
-                        let at =
-                            self.links[1].send(self.now, Lane::Control, 120.0, true, &mut self.rng);
-                        self.at(at, Event::ToSource(message));
+                        self.give(1, Lane::Control, MESSAGE, Event::ToSource(message));
                     }
                     DestinationCommand::Fetch { region, blocks } => {
-                        let at =
-                            self.links[1].send(self.now, Lane::Urgent, 60.0, true, &mut self.rng);
-                        self.at(at, Event::ToSource(Message::Fetch { region, blocks }));
+                        let message = Message::Fetch { region, blocks };
+                        self.give(1, Lane::Urgent, MESSAGE / 2.0, Event::ToSource(message));
                     }
                     DestinationCommand::CloseLink { .. } => {}
                     DestinationCommand::Finish(outcome) => {
@@ -304,22 +329,63 @@ impl World {
         }
     }
 
+    /// Gives something with parity to the link there (0) or back (1).
+    fn give(&mut self, link: usize, lane: Lane, bytes: f64, event: Event) {
+        self.load(link, lane, bytes, true, event);
+    }
+
+    fn load(&mut self, link: usize, lane: Lane, bytes: f64, guarded: bool, event: Event) {
+        self.sequence += 1;
+        self.carried.insert(self.sequence, event);
+        self.links[link].give(self.sequence, lane, bytes, guarded);
+        self.watch(link);
+    }
+
+    /// Wakes up when there is something to send.
+    fn watch(&mut self, link: usize) {
+        if let Some(at) = self.links[link].next().map(|at| at.max(self.now))
+            && self.wake[link].is_none_or(|wake| wake > at)
+        {
+            self.wake[link] = Some(at);
+            self.at(at, Event::Link(link));
+        }
+    }
+
+    /// Lets a link send a packet.
+    fn carry(&mut self, link: usize) {
+        if self.wake[link] != Some(self.now) {
+            return;
+        }
+        self.wake[link] = None;
+        if let Some((at, id)) = self.links[link].step(self.now)
+            && let Some(event) = self.carried.remove(&id)
+        {
+            self.at(at, event);
+        }
+        self.watch(link);
+    }
+
     fn lanes(&mut self, idle: &mut bool) {
         for lane in [Lane::Urgent, Lane::Freeze, Lane::Bulk] {
-            while self.encoding[lane as usize] < 2 {
-                if lane == Lane::Bulk && self.links[0].is_busy(self.now) {
-                    let free = self.links[0].free();
-                    if self.polled.is_none_or(|at| at <= self.now) {
-                        self.polled = Some(free);
-                        self.at(free, Event::Poll);
-                    }
-                    break;
-                }
-                let Some(chunk) = self.source.poll_chunk(self.now, lane) else {
-                    break;
-                };
+            let queue = lane as usize;
+            while (lane != Lane::Bulk || self.links[0].has_room())
+                && let Some(encoded) = self.waiting[queue].pop_front()
+            {
                 *idle = false;
-                self.encoding[lane as usize] += 1;
+                let (bytes, batch) = (encoded.bytes, encoded.batch.id);
+                let guarded = encoded.awaited || lane == Lane::Urgent;
+                self.load(0, lane, bytes, guarded, Event::Batch(encoded.batch));
+                let bytes = bytes as u64;
+                let sent = SourceInput::Sent { batch, bytes };
+                self.source.handle(self.now, sent);
+            }
+            // A thread a lane.
+            if self.encoding[queue] == 0
+                && self.waiting[queue].len() < ENCODED
+                && let Some(chunk) = self.source.poll_chunk(self.now, lane)
+            {
+                *idle = false;
+                self.encoding[queue] += 1;
                 let takes = pages(&chunk) * PER_PAGE;
                 self.after(takes, Event::Encoded(chunk));
             }
@@ -351,7 +417,10 @@ impl World {
         {
             let takes = match job {
                 DestinationCommand::Prepare(_) => steps.prepare,
-                DestinationCommand::Arm { .. } => steps.arm,
+                DestinationCommand::Arm { behind, .. } => {
+                    let there = self.guest.blocks()[0].saturating_sub(behind.len() as u32);
+                    steps.arm + steps.arm_page * f64::from(there)
+                }
                 DestinationCommand::LoadState { .. } => steps.load,
                 DestinationCommand::Journal(_) => steps.journal,
                 DestinationCommand::Resume => steps.resume,
@@ -364,7 +433,7 @@ impl World {
 
     fn event(&mut self, event: Event) {
         match event {
-            Event::Poll => self.polled = None,
+            Event::Link(link) => self.carry(link),
             Event::Tick => {
                 if self.guest.runs_here || self.guest.runs_there {
                     for (region, block) in self.guest.run(self.now + BEFORE, TICK) {
@@ -372,17 +441,18 @@ impl World {
                             .handle(self.now, DestinationInput::Fault { region, block });
                     }
                 }
+                self.sample();
                 if self.complete.is_none() {
                     self.after(TICK.as_secs_f64(), Event::Tick);
                 }
             }
             Event::Figures => {
-                let rtt = self.links[0].rtt(&self.links[1]);
+                let (rtt, min_rtt) = self.links[0].rtts(&self.links[1]);
                 let figures = LinkFigures {
                     rtt,
-                    min_rtt: rtt,
-                    bandwidth: self.links[0].rate,
-                    loss: self.links[0].loss,
+                    min_rtt,
+                    bandwidth: self.links[0].bandwidth(),
+                    loss: self.links[0].loss(),
                     ..LinkFigures::default()
                 };
                 self.source.handle(self.now, SourceInput::Link(figures));
@@ -391,8 +461,10 @@ impl World {
                 }
             }
             Event::ToSource(message) => {
-                if matches!(message, Message::Fetch { .. }) {
-                    self.faults += 1;
+                match &message {
+                    Message::Fetch { .. } => self.faults += 1,
+                    Message::Applied { batches, .. } => self.codec.acknowledge(batches),
+                    _ => {}
                 }
                 self.source.handle(self.now, SourceInput::Message(message));
             }
@@ -492,40 +564,52 @@ impl World {
 
     fn encoded(&mut self, chunk: Chunk) {
         self.encoding[chunk.lane as usize] -= 1;
-        let (mut blocks, mut state, mut bytes) = (Vec::new(), 0, 30.0);
+        let (mut blocks, mut bytes) = (Vec::new(), STATE_RATIO);
         match chunk.body {
             ChunkBody::Blocks { region, blocks: of } => {
-                for number in of {
-                    let block = (region, number);
-                    let again = self.setting.mode != Mode::Postcopy
-                        && (self.guest.runs_here || !self.armed)
-                        && !self.sent_before.insert(region, number);
-                    bytes += self.guest.wire_bytes(block, again) + 4.0;
-                    blocks.push((block, self.guest.version(block)));
-                }
+                let kinds: Vec<(Block, u32, Kind)> = of
+                    .iter()
+                    .map(|number| (region, *number))
+                    .map(|block| (block, self.guest.version(block), self.guest.kind(block)))
+                    .collect();
+                let (id, lane) = (chunk.batch, chunk.lane);
+                bytes = self.codec.batch(id, lane, chunk.refer, &kinds);
+                blocks.extend(kinds.iter().map(|(block, version, _)| (*block, *version)));
             }
-            ChunkBody::State { len, .. } => {
-                state = u64::from(len);
-                bytes += f64::from(len) * 0.5;
-            }
+            ChunkBody::State { len, .. } => bytes *= f64::from(len),
         }
-        let batch = Batch {
-            id: chunk.batch,
-            pass: chunk.pass,
-            blocks,
-            state,
-        };
-        let at = self.links[0].send(self.now, chunk.lane, bytes, chunk.awaited, &mut self.rng);
-        let takes = batch.blocks.len() as f64 * PER_PAGE / 2.0;
-        self.at(at + seconds(takes), Event::Batch(batch));
-        let bytes = bytes as u64;
-        self.source.handle(
-            self.now,
-            SourceInput::Sent {
-                batch: chunk.batch,
-                bytes,
+        let encoded = Encoded {
+            lane: chunk.lane,
+            awaited: chunk.awaited,
+            bytes,
+            batch: Batch {
+                id: chunk.batch,
+                pass: chunk.pass,
+                blocks,
             },
-        );
+        };
+        self.waiting[chunk.lane as usize].push_back(encoded);
+    }
+
+    /// Notes the guest's speed since the freeze.
+    fn sample(&mut self) {
+        let Some(frozen) = self.frozen else {
+            return;
+        };
+        if self.guest.runs_there {
+            let running = self.guest.workers.iter().filter(|of| of.waits.is_none());
+            let speed: f64 = running.map(|worker| worker.weight).sum();
+            self.ran += speed * TICK.as_secs_f64();
+        }
+        self.sampled = self.sampled.max(frozen);
+        let took = self.now.saturating_sub(self.sampled);
+        if took >= SAMPLE {
+            self.speed.push(SpeedSample {
+                t: self.now.saturating_sub(frozen).as_secs_f64(),
+                ratio: self.ran / took.as_secs_f64(),
+            });
+            (self.sampled, self.ran) = (self.now, 0.0);
+        }
     }
 
     fn apply(&mut self, batch: Batch) {
@@ -536,7 +620,6 @@ impl World {
             batch: batch.id,
             ..AppliedBatch::default()
         };
-        let _ = batch.state;
         for (block, version) in batch.blocks {
             let admitted = ledger.admit(block.0, block.1, batch.pass);
             if !admitted.expect("the source names blocks that exist") {
@@ -561,5 +644,14 @@ fn pages(chunk: &Chunk) -> f64 {
             blocks.len() as f64 * if region.0 == 0 { 1.0 } else { 16.0 }
         }
         ChunkBody::State { .. } => 1.0,
+    }
+}
+
+/// The level of zstd that a link of so many bytes a second leaves time for.
+fn level(bandwidth: f64) -> i32 {
+    match bandwidth {
+        fast if fast > 50e6 => 1,
+        slow if slow > 15e6 => 6,
+        _ => 9,
     }
 }

@@ -27,12 +27,13 @@ mod workers;
 
 pub use destination::WorkloadDestination;
 pub use disk::{
-    DiskPattern, DiskPatternState, DiskSpec, MAX_DISK_BYTES, MIN_DISK_BYTES, Operation,
-    OperationKind, Served,
+    DiskContents, DiskPattern, DiskPatternState, DiskSpec, MAX_DISK_BYTES, MIN_DISK_BYTES,
+    Operation, OperationKind, Served, table_pages,
 };
 pub use launch::Launch;
 pub use memory::SharedMemory;
 pub use options::{GuestOptions, MAX_BYTES, MIN_BYTES};
+pub use pages::{Class as ContentClass, Contents, PAGE, Page};
 pub use partition::Partition;
 pub use pattern::{Access, Pattern, PatternState, mix};
 pub use process::{Ending, GuestProcessError, run};

@@ -34,10 +34,14 @@ const SHARED: u64 = 1 << 63;
 /// What a page is filled with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-enum Class {
+pub enum Class {
+    /// Zeroes; behind the header, once it was written.
     Zero = 1,
+    /// Words.
     Text = 2,
+    /// One of a few contents that many pages share.
     Duplicate = 3,
+    /// Bytes that do not compress.
     Random = 4,
 }
 
@@ -225,7 +229,8 @@ impl Contents {
         mix(mix(self.seed ^ u64::from(page)).wrapping_add(u64::from(generation)))
     }
 
-    fn class(&self, page: u32) -> Class {
+    /// What a page is filled with, in every generation.
+    pub fn class(&self, page: u32) -> Class {
         let draw = (mix(self.seed.rotate_left(17) ^ u64::from(page)) % 100) as u32;
         let ContentShares {
             zero,
@@ -244,7 +249,7 @@ impl Contents {
     }
 
     /// Number of the shared content that a page of the duplicate class has.
-    fn shared_content(&self, page: u32, generation: u32) -> u64 {
+    pub fn shared_content(&self, page: u32, generation: u32) -> u64 {
         self.digest_term(page, generation) % u64::from(DUPLICATE_POOL)
     }
 

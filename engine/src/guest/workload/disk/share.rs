@@ -54,8 +54,13 @@ impl DiskContents {
         }
     }
 
+    /// The contents of its sectors.
+    pub fn sectors(&self) -> &Contents {
+        &self.contents
+    }
+
     /// Whether a block is written when the guest is started.
-    fn is_used(&self, block: u32) -> bool {
+    pub fn is_used(&self, block: u32) -> bool {
         let extent = u64::from(block / EXTENT_BLOCKS);
         mix(self.seed.rotate_left(29) ^ extent) % 100 < u64::from(self.used)
     }
