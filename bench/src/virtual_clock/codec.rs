@@ -97,9 +97,10 @@ impl Codec {
         for (block, version, kind) in blocks {
             let known = self.latest.get(block).copied();
             let may = refer != Refer::Nothing;
-            let base = self.kept.get(block).filter(|(batch, _)| {
-                may && known == Some(*batch) && self.applied.contains(batch)
-            });
+            let base = self
+                .kept
+                .get(block)
+                .filter(|(batch, _)| may && known == Some(*batch) && self.applied.contains(batch));
             let writes = base.map(|(_, base)| version.wrapping_sub(*base));
             let sizes = if lane == Lane::Bulk {
                 &self.sizes

@@ -90,6 +90,8 @@ pub struct Guest {
     tables: BlockSet,
     regions: Vec<Region>,
     pub workers: Vec<Worker>,
+    /// Multiplies their rates.
+    factor: f64,
     pub runs_here: bool,
     pub runs_there: bool,
     dirty: Blocks,
@@ -145,13 +147,17 @@ impl Guest {
             tables,
             regions,
             workers,
+            factor: setting.rate_factor,
             runs_here: true,
             runs_there: false,
             dirty: Blocks::new(),
             trapped: Blocks::new(),
         };
         for page in 0..pages {
-            let first = guest.contents.first_generation(page).max(u32::from(guest.tables.contains(page)));
+            let first = guest
+                .contents
+                .first_generation(page)
+                .max(u32::from(guest.tables.contains(page)));
             guest.regions[0].begin(page, first);
         }
         let contents = DiskContents::new(profile, seed);
@@ -207,7 +213,7 @@ impl Guest {
                 Hand::Memory(pattern, state, _) => pattern.rate(state),
                 Hand::Disk(..) => worker.rate,
             };
-            worker.credit += rate * dt.as_secs_f64();
+            worker.credit += self.factor * rate * dt.as_secs_f64();
             while self.workers[index].credit >= 1.0 {
                 let worker = &mut self.workers[index];
                 worker.credit -= 1.0;
@@ -335,7 +341,13 @@ impl Guest {
         // What was written meanwhile without a look stays; the rest must be what was frozen.
         let landed = region.landed[at];
         if armed {
-            assert_eq!(version + landed, region.truth[at], "{} {} is stale", block.0, block.1);
+            assert_eq!(
+                version + landed,
+                region.truth[at],
+                "{} {} is stale",
+                block.0,
+                block.1
+            );
         }
         region.there[at] = Some(version + landed);
         for worker in &mut self.workers {

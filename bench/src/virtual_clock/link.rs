@@ -159,11 +159,7 @@ impl Direction {
     pub fn next(&self) -> Option<Duration> {
         let waiting = self.queues.iter().any(|queue| !queue.is_empty());
         let again = self.again.peek().map(|Reverse((at, _))| *at);
-        let at = if waiting {
-            Some(Duration::ZERO)
-        } else {
-            again
-        };
+        let at = if waiting { Some(Duration::ZERO) } else { again };
         at.map(|at| at.max(self.free))
     }
 
@@ -241,7 +237,8 @@ fn probe(spec: &DirectionSpec, wire: f64, seed: u64) -> (Duration, Duration) {
     let mut path = Path::new(spec, seed ^ 0x9e37);
     let bytes = PACKET + HEADERS;
     let gap = seconds(bytes as f64 / wire);
-    let (mut now, mut sum, mut count, mut least) = (Duration::ZERO, Duration::ZERO, 0, Duration::MAX);
+    let (mut now, mut sum, mut count, mut least) =
+        (Duration::ZERO, Duration::ZERO, 0, Duration::MAX);
     for _ in 0..PROBES {
         now += gap;
         if let Ok(fate) = path.admit(now, bytes, 0) {

@@ -9,6 +9,8 @@ mod codec;
 mod guest;
 mod link;
 mod sweep;
+#[cfg(test)]
+mod tests;
 mod world;
 
 use std::time::Duration;
@@ -33,6 +35,8 @@ pub struct Setting {
     pub disk_mib: u64,
     /// Workers.
     pub threads: u32,
+    /// Multiplies the profile's rates.
+    pub rate_factor: f64,
     /// Seed of the guest.
     pub seed: u64,
     /// The link.
@@ -52,8 +56,10 @@ pub struct Setting {
 pub struct Steps {
     /// Stopping the guest.
     pub stop: f64,
-    /// A scan.
+    /// A scan, and what each page of memory takes of it.
     pub scan: f64,
+    /// See `scan`.
+    pub scan_page: f64,
     /// Saving the state.
     pub save: f64,
     /// A journal record.
@@ -74,7 +80,8 @@ impl Default for Steps {
     fn default() -> Self {
         Self {
             stop: 0.000_2,
-            scan: 0.004,
+            scan: 0.001,
+            scan_page: 1.8e-7,
             save: 0.000_3,
             journal: 0.001,
             arm: 0.001_5,

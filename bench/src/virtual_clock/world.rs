@@ -15,9 +15,7 @@ use hybridmig_engine::session::io::{
 };
 use hybridmig_engine::session::ledger::Ledger;
 use hybridmig_engine::session::source::{GuestUse, SourceConfig, SourceMachine};
-use hybridmig_transport::message::{
-    GuestDescription, Message, RegionInfo, RegionKind, SessionId,
-};
+use hybridmig_transport::message::{GuestDescription, Message, RegionInfo, RegionKind, SessionId};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
@@ -65,7 +63,6 @@ enum Event {
 
 /// A chunk that was encoded and waits for the transport.
 struct Encoded {
-    lane: Lane,
     awaited: bool,
     bytes: f64,
     batch: Batch,
@@ -79,7 +76,6 @@ struct Batch {
 
 /// One migration under the clock.
 pub struct World {
-    setting: Setting,
     steps: Steps,
     rng: SmallRng,
     now: Duration,
@@ -115,6 +111,8 @@ pub struct World {
     complete: Option<Duration>,
     working_set: u64,
     faults: u64,
+    /// What the scan under way has found.
+    scanned: Blocks,
     /// When the guest's accesses were looked at last.
     looked: Duration,
 }
@@ -202,8 +200,8 @@ impl World {
             complete: None,
             working_set: 0,
             faults: 0,
+            scanned: Blocks::new(),
             looked: Duration::ZERO,
-            setting,
         }
     }
 
@@ -398,12 +396,18 @@ impl World {
             && let Some(job) = self.source_jobs.front()
         {
             let takes = match job {
-                SourceCommand::Scan => steps.scan,
+                SourceCommand::Scan => {
+                    steps.scan + steps.scan_page * f64::from(self.guest.blocks()[0])
+                }
                 SourceCommand::Freeze => steps.stop,
                 SourceCommand::SaveState => steps.save,
                 SourceCommand::Journal(_) => steps.journal,
                 _ => 0.002,
             };
+            if matches!(job, SourceCommand::Scan) {
+                // What is written while it is scanned is found the next time.
+                self.scanned = self.guest.take_dirty();
+            }
             if matches!(job, SourceCommand::Freeze) {
                 self.frozen = Some(self.now);
                 self.working_set = self.guest.working_set(self.now + BEFORE);
@@ -505,7 +509,7 @@ impl World {
                 self.guest.take_dirty();
                 SourceInput::Tracking(self.guest.content())
             }
-            SourceCommand::Scan => SourceInput::Dirty(self.guest.take_dirty()),
+            SourceCommand::Scan => SourceInput::Dirty(std::mem::take(&mut self.scanned)),
             SourceCommand::Freeze => SourceInput::Frozen,
             SourceCommand::SaveState => SourceInput::StateSaved {
                 len: STATE,
@@ -579,7 +583,6 @@ impl World {
             ChunkBody::State { len, .. } => bytes *= f64::from(len),
         }
         let encoded = Encoded {
-            lane: chunk.lane,
             awaited: chunk.awaited,
             bytes,
             batch: Batch {
