@@ -65,6 +65,15 @@ bench-storage: setup bench-build ## move a guest with a disk of 2 GiB, beside a 
 	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/storage.jsonl \
 		--made-by 'make bench-storage' --out docs/bench/storage
 
+.PHONY: bench-plan
+bench-plan: setup bench-build ## judge the planner against fixed shares and pure modes, 15 cells, as root: 80 minutes
+	$(TARGET_DIR)/release/bench grid default --fresh
+	$(TARGET_DIR)/release/bench grid default --report docs/bench/plan
+
+.PHONY: bench-virtual
+bench-virtual: setup bench-build ## the same under a virtual clock, 36 plans a cell: 5 minutes
+	$(TARGET_DIR)/release/bench virtual default --out $(TARGET_DIR)/bench/virtual.jsonl
+
 .PHONY: bench-transport
 bench-transport: setup bench-build ## measure what transports make of long links, as root: an hour
 	rm -f $(TARGET_DIR)/bench/transport.jsonl
