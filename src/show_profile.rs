@@ -73,8 +73,8 @@ fn of_region(region: &RegionProfile, disk: Option<&DiskRates>) -> String {
     let bytes = u64::from(region.blocks) * u64::from(region.block_size);
     let contents = &region.contents;
     let mut text = format!(
-        "{}: {kind} of {}, {} with content\n  contents: {:.1} % zero, {:.1} % duplicate, the rest {:.0} bytes per page on \
-         the wire ({} blocks looked at)\n",
+        "{}: {kind} of {}, {} with content\n  contents: {:.1} % zero, {:.1} % duplicate, \
+         the rest {:.0} bytes per page on the wire ({} blocks looked at)\n",
         region.name,
         show_bytes(bytes),
         pages(region.content_pages as f64),

@@ -1,6 +1,6 @@
 //! What the blocks of a region hold, found in a bounded sample: zero, the same as another one, or so many bytes
-//! on the wire. Contents are made into batches by the transport's own codec, at the level with which the bulk lane begins,
-//! so that the figure is what would be sent.
+//! on the wire. Contents are made into batches by the transport's own codec, at the level with which the bulk
+//! lane begins, so that the figure is what would be sent.
 
 use std::collections::HashSet;
 

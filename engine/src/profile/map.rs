@@ -8,8 +8,8 @@ pub const MAX_CELLS: usize = 1024;
 /// First block, number of blocks, level.
 pub type Run = (u32, u32, u8);
 
-/// The runs of blocks of a region of `blocks` blocks that are not cold, ascending. Where there would be more than [`MAX_RUNS`], blocks
-/// are taken together in cells of 2, 4, 8, … that are as hot as their hottest.
+/// The runs of blocks of a region of `blocks` blocks that are not cold, ascending. Where there would be more than
+/// [`MAX_RUNS`], blocks are taken together in cells of 2, 4, 8, … that are as hot as their hottest.
 pub fn runs(levels: impl Iterator<Item = (u32, u8)> + Clone, blocks: u32) -> Vec<Run> {
     let mut shift = 0;
     loop {
