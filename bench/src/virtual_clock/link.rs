@@ -106,7 +106,9 @@ impl Direction {
             Self::new(&link.back, seed ^ 1),
         ];
         let rtt = pair[0].way + pair[1].way;
-        pair.iter_mut().for_each(|direction| direction.rtt = rtt);
+        for direction in &mut pair {
+            direction.rtt = rtt;
+        }
         pair
     }
 
