@@ -208,13 +208,13 @@ impl Heat {
             .sampled(exposed, asked, seconds);
     }
 
-    /// Blocks by level.
+    /// Blocks by level, of memory and of disks.
     pub(crate) fn count(&self, among: &Blocks) -> [Vec<u64>; 2] {
         let mut counts = [vec![0; LEVELS], vec![0; LEVELS]];
         for (region, set) in among.iter() {
-            let kind = index(self.shapes.kind(region));
-            for block in set {
-                counts[kind][usize::from(self.of(region, block))] += 1;
+            let own = &mut counts[index(self.shapes.kind(region))];
+            for (sum, count) in own.iter_mut().zip(self.levels(region, set)) {
+                *sum += count;
             }
         }
         counts
@@ -224,13 +224,29 @@ impl Heat {
     pub fn tally(&self, among: &Blocks) -> Tally {
         let mut tally = Tally::default();
         for (region, set) in among.iter() {
-            let kind = index(self.shapes.kind(region));
+            let own = &mut tally.0[index(self.shapes.kind(region))];
             let pages = self.shapes.pages_per_block(region) as f64;
-            for block in set {
-                tally.0[kind][usize::from(self.of(region, block))] += pages;
+            for (sum, count) in own.iter_mut().zip(self.levels(region, set)) {
+                *sum += count as f64 * pages;
             }
         }
         tally
+    }
+
+    /// Blocks of a region by level. Of a guest with millions of them this is done at every scan, so nothing is looked up
+    /// that need not be.
+    fn levels(&self, region: RegionId, set: &BlockSet) -> [u64; LEVELS] {
+        let mut levels = [0; LEVELS];
+        let Some(bytes) = self.regions.get(usize::from(region.0)) else {
+            return levels;
+        };
+        let read = self.read.get(region).filter(|read| !read.is_empty());
+        for block in set {
+            let level = bytes.get(block as usize).copied().unwrap_or(0);
+            let only_read = level == 0 && read.is_some_and(|read| read.contains(block));
+            levels[usize::from(if only_read { READ } else { level })] += 1;
+        }
+        levels
     }
 
     /// The block's level; 0 for one that was not accessed lately.

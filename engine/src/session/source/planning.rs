@@ -357,9 +357,15 @@ impl SourceMachine {
     /// The distribution of what the freeze comes to, from what was known at it. Costs some milliseconds, so not while the
     /// guest stands still.
     pub(super) fn predict_freeze(&mut self, now: Duration) {
-        let Some((situation, frozen)) = self.planning.frozen.take() else {
+        let Some((mut situation, frozen)) = self.planning.frozen.take() else {
             return;
         };
+        if self.figures.rounds.is_empty() {
+            // Nothing had been sent before the freeze: what the link carries and what pages take is known by now.
+            situation.link.bandwidth = self.estimator.bandwidth();
+            situation.memory.bytes_per_page = self.estimator.full_page(false);
+            situation.disks.bytes_per_page = self.estimator.full_page(true);
+        }
         let choice = Choice {
             rounds: 0,
             outcome: situation.freeze_now(&frozen),
