@@ -234,7 +234,9 @@ impl Situation {
         let walk = kind.spread.walk * bandwidth / size;
         let served = kind.parallelism.max(1.0) * brings / stall + walk;
         // Nor can more come than the link carries, as answers and with what comes along for nothing.
-        let carried = bandwidth / size * brings / (brings * ANSWER + useless);
+        let answers = brings / (brings * ANSWER + useless);
+        let walk_share = kind.spread.walk;
+        let carried = bandwidth / size * (walk_share + (1.0 - walk_share) * answers);
         let speed = (served / (demand + served)).min(carried / demand);
         Flow {
             speed,

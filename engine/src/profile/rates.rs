@@ -25,6 +25,8 @@ const ACCESSES_PER_WRITE: f64 = 3.0;
 const COLD_ACCESSES: f64 = 0.002;
 /// Seconds in which a block of a disk that counts as read lately was read at least once.
 const READ_WITHIN: f64 = 60.0;
+/// Blocks that a guess counts for, beside those that were counted.
+const PRIOR: f64 = 8.0;
 /// The greatest rate that is told apart from "always", per second.
 const FASTEST: f64 = 1e4;
 
@@ -65,16 +67,16 @@ impl Counts {
     }
 
     /// The rate of a level by its own counts, by those of levels like it, or not at all.
-    fn rate(&self, level: usize) -> Option<f64> {
+    fn rate(&self, level: usize, prior: Count) -> Option<f64> {
         let own = &self.0[level];
         if blocks(own) >= ENOUGH {
-            return Some(likeliest(own.iter()));
+            return Some(likeliest(own.iter().chain([&prior])));
         }
         let alike = |other: &usize| kin(*other as u8) == kin(level as u8);
         let pooled = (0..LEVELS).filter(alike).flat_map(|other| &self.0[other]);
         let pooled: Vec<Count> = pooled.copied().collect();
         (pooled.iter().map(|count| count.blocks).sum::<f64>() >= ENOUGH)
-            .then(|| likeliest(pooled.iter()))
+            .then(|| likeliest(pooled.iter().chain([&prior])))
     }
 
     fn is_empty(&self) -> bool {
@@ -160,24 +162,34 @@ impl Rates {
 
     /// Writes per second of a block of this level.
     pub fn writes(&self, level: u8) -> f64 {
+        let guess = self.guess(level);
         self.writes
-            .rate(usize::from(level))
-            .unwrap_or_else(|| self.guess(level))
+            .rate(usize::from(level), self.prior(guess))
+            .unwrap_or(guess)
+    }
+
+    /// What the bits themselves say, as if a few blocks had been seen over a usual interval: one short interval without a write
+    /// must not make a hot level cold.
+    fn prior(&self, guess: f64) -> Count {
+        let seconds = self.interval.max(1e-3);
+        Count {
+            seconds,
+            blocks: PRIOR,
+            hits: PRIOR * -(-guess * seconds).exp_m1(),
+        }
     }
 
     /// Accesses per second of a block of this level: never fewer than its writes.
     pub fn accesses(&self, level: u8) -> f64 {
         let writes = self.writes(level);
-        let seen = self.accesses.rate(usize::from(level));
-        let assumed = || {
-            let cold = if level == READ {
-                1.0 / READ_WITHIN
-            } else {
-                COLD_ACCESSES
-            };
-            (writes * ACCESSES_PER_WRITE).max(cold)
+        let cold = if level == READ {
+            1.0 / READ_WITHIN
+        } else {
+            COLD_ACCESSES
         };
-        seen.unwrap_or_else(assumed).max(writes)
+        let assumed = (writes * ACCESSES_PER_WRITE).max(cold);
+        let seen = self.accesses.rate(usize::from(level), self.prior(assumed));
+        seen.unwrap_or(assumed).max(writes)
     }
 
     /// From the bits alone: the share of scans that found it written, each scan weighing half as much as the one

@@ -95,9 +95,15 @@ impl SourceMachine {
     }
 
     /// Whether the block is on its way and will be there at least as soon as a copy sent now.
-    pub(super) fn comes_anyway(&self, now: Duration, region: RegionId, block: u32) -> bool {
+    /// If so: when it must be there.
+    pub(super) fn comes_anyway(
+        &self,
+        now: Duration,
+        region: RegionId,
+        block: u32,
+    ) -> Option<Duration> {
         let path = self.path();
-        self.flights.values().rev().any(|flight| {
+        let flight = self.flights.values().rev().find(|flight| {
             let Some((place, blocks)) = &flight.contents else {
                 return false;
             };
@@ -112,7 +118,30 @@ impl SourceMachine {
                 && (first..=last).contains(&block)
                 && blocks.contains(&block)
                 && !on_the_way::worth_a_copy(now, &batch, &path)
+        })?;
+        Some(on_the_way::deadline(now, flight.arrival, &path))
+    }
+
+    /// Whether a block is in a batch that has been handed out and is not known to have been applied.
+    fn is_on_its_way(&self, region: RegionId, block: u32) -> bool {
+        self.flights.values().any(|flight| {
+            let contents = flight.contents.as_ref().filter(|_| !flight.applied);
+            contents.is_some_and(|(place, blocks)| *place == region && blocks.contains(&block))
         })
+    }
+
+    /// Blocks that the guest waits for and that were thought to come by themselves, but are not there in time: they are
+    /// sent now. Estimates err, above all on a link that stalls.
+    pub(super) fn overdue(&mut self, now: Duration) {
+        let late = |(deadline, ..): &(Duration, RegionId, u32)| *deadline <= now;
+        while let Some(at) = self.coming.iter().position(late) {
+            let Some((_, region, block)) = self.coming.remove(at) else {
+                return;
+            };
+            if self.is_on_its_way(region, block) {
+                self.answer(region, block);
+            }
+        }
     }
 
     fn path(&self) -> Path {

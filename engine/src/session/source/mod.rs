@@ -146,6 +146,8 @@ enum ChunkKind {
 const MAX_FLIGHTS: usize = 4096;
 /// Length of a piece of the device state.
 const STATE_PIECE: u64 = 64 * 1024;
+/// Blocks that the guest waits for and that are left to come by themselves, at once.
+const MAX_COMING: usize = 1024;
 /// Neighbourhoods of faults that wait to be prefetched.
 const MAX_PREFETCH: usize = 64;
 
@@ -218,6 +220,8 @@ pub struct SourceMachine {
     /// The same of disks, which wait behind memory.
     urgent_disks: VecDeque<(RegionId, u32)>,
     urgent_set: Blocks,
+    /// Blocks that the guest waits for and that are on their way: when they must be there.
+    coming: VecDeque<(Duration, RegionId, u32)>,
     prefetch: VecDeque<(RegionId, u32, u32)>,
     readahead: Readahead,
     missing: Blocks,
@@ -288,6 +292,7 @@ impl SourceMachine {
             urgent: VecDeque::new(),
             urgent_disks: VecDeque::new(),
             urgent_set: Blocks::new(),
+            coming: VecDeque::new(),
             prefetch: VecDeque::new(),
             readahead: Readahead::default(),
             missing: Blocks::new(),
@@ -356,7 +361,10 @@ impl SourceMachine {
             SourceInput::Sent { batch, bytes } => self.sent(batch, bytes),
             SourceInput::Link(figures) => self.estimator.link(figures),
             SourceInput::Cancel { reason } => self.cancel(reason),
-            SourceInput::Timeout => self.timeout(now),
+            SourceInput::Timeout => {
+                self.timeout(now);
+                self.overdue(now);
+            }
         }
         self.advance(now);
     }
@@ -396,7 +404,10 @@ impl SourceMachine {
             .waits_for_peer()
             .then(|| self.heard.saturating_add(self.config.patience));
         let round = (self.state == State::Round && self.round_is_out()).then(|| self.next_scan());
-        patience.into_iter().chain(round).min()
+        let overdue = (self.state == State::PostCopy && self.link == Link::Up)
+            .then(|| self.coming.iter().map(|(deadline, ..)| *deadline).min())
+            .flatten();
+        patience.into_iter().chain(round).chain(overdue).min()
     }
 
     /// Whether the driver should dial the destination (again).

@@ -61,6 +61,12 @@ pub(super) fn saving(now: Duration, batch: &OnTheWay, path: &Path) -> Duration {
     Duration::from_secs_f64(expected)
 }
 
+/// When a block that was left to come by itself must be known to be there: its batch has arrived, a lost packet of it has come
+/// again, and the word of it is back.
+pub(super) fn deadline(now: Duration, arrival: Duration, path: &Path) -> Duration {
+    arrival.max(now) + path.rtt.mul_f64(REPAIR + 0.5)
+}
+
 /// Whether a block in this batch is to be sent once more.
 pub(super) fn worth_a_copy(now: Duration, batch: &OnTheWay, path: &Path) -> bool {
     if path.rtt.is_zero() || path.bandwidth <= 0.0 {
@@ -137,6 +143,14 @@ mod tests {
         assert!(!worth_a_copy(ms(1150), &batch, &path(0.0)));
         // Not even then: nothing is known of it any more.
         assert!(worth_a_copy(ms(1250), &batch, &path(0.0)));
+    }
+
+    #[test]
+    fn what_is_left_to_come_by_itself_has_a_deadline() {
+        let arrival = arrival(ms(1000), 10_000, &path(0.0));
+        assert_eq!(deadline(ms(1010), arrival, &path(0.0)), ms(1225));
+        // It should have been there: a repair and its word from now on.
+        assert_eq!(deadline(ms(1100), arrival, &path(0.0)), ms(1275));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use hybridmig_transport::message::Message;
 
-use super::{ChunkBody, ChunkKind, Lane, MAX_PREFETCH, RegionId, SourceMachine, State};
+use super::{ChunkBody, ChunkKind, Lane, MAX_COMING, MAX_PREFETCH, RegionId, SourceMachine, State};
 use crate::plan;
 use crate::session::io::{Chunk, Refer, SourceCommand, SourceOutcome, SourceRecord};
 
@@ -29,14 +29,17 @@ impl SourceMachine {
         if left {
             self.asked(region, block);
         }
-        if !left && self.comes_anyway(now, region, block) {
-            self.figures.faults_on_the_way += 1;
-        } else if self.urgent_set.insert(region, block) {
-            if self.shapes.is_disk(region) {
-                self.urgent_disks.push_back((region, block));
-            } else {
-                self.urgent.push_back((region, block));
+        let coming = if left {
+            None
+        } else {
+            self.comes_anyway(now, region, block)
+        };
+        match coming {
+            Some(deadline) if self.coming.len() < MAX_COMING => {
+                self.figures.faults_on_the_way += 1;
+                self.coming.push_back((deadline, region, block));
             }
+            _ => self.answer(region, block),
         }
         self.order.faulted(region, block);
         if self.config.prefetch == 0 {
@@ -55,6 +58,17 @@ impl SourceMachine {
             self.prefetch.pop_front();
         }
         self.prefetch.push_back((region, first, last));
+    }
+
+    /// Queues a block for the urgent lane.
+    pub(super) fn answer(&mut self, region: RegionId, block: u32) {
+        if self.urgent_set.insert(region, block) {
+            if self.shapes.is_disk(region) {
+                self.urgent_disks.push_back((region, block));
+            } else {
+                self.urgent.push_back((region, block));
+            }
+        }
     }
 
     /// One block: it is as long as a few packets, and each block more would keep the guest waiting for
