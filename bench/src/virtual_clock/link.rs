@@ -188,6 +188,11 @@ impl Direction {
             complete = (cargo.came == cargo.needed).then_some((cargo.latest, cargo.lane));
         } else if cargo.spare > 0 {
             cargo.spare -= 1;
+        } else if cargo.lane == Lane::Control && cargo.came < cargo.needed {
+            // It comes again in its turn: what is sent after it on the same stream waits for it.
+            cargo.came += 1;
+            cargo.latest = cargo.latest.max(now + self.rtt.mul_f64(NOTICED + 0.5));
+            complete = (cargo.came == cargo.needed).then_some((cargo.latest, cargo.lane));
         } else if cargo.came < cargo.needed {
             let known = now + self.rtt.mul_f64(NOTICED);
             self.again.push(Reverse((known, id)));

@@ -237,7 +237,11 @@ impl Situation {
         let answers = brings / (brings * ANSWER + useless);
         let walk_share = kind.spread.walk;
         let carried = bandwidth / size * (walk_share + (1.0 - walk_share) * answers);
-        let speed = (served / (demand + served)).min(carried / demand);
+        // Who walks needs what comes next in order, and loses nothing to chance.
+        let in_order = (served / demand).min(1.0);
+        let by_chance = served / (demand + served);
+        let speed = walk_share * in_order + (1.0 - walk_share) * by_chance;
+        let speed = speed.min(carried / demand);
         Flow {
             speed,
             faults: speed * demand / (brings + kind.spread.walk * BATCH),

@@ -25,7 +25,9 @@ const REPLAN: Duration = Duration::from_secs(1);
 /// Rounds in a row that gained nothing, after which none is made any more, whatever is predicted of it; and what a round
 /// must have gained, as a share.
 const UNPAYING: u32 = 2;
-const GAINED: f64 = 0.02;
+const GAINED: f64 = 0.1;
+/// A freeze that costs no more than this times one without any block is as good as one can be.
+const NEAR_LEAST: f64 = 1.3;
 /// Scans that must have been made before the plan counts as the first one, unless the first pass is over.
 const SCANS: u32 = 2;
 /// Revisions kept.
@@ -286,7 +288,11 @@ impl SourceMachine {
                 self.planning.unpaying + 1
             };
         }
-        let freeze = self.look(now) || self.planning.unpaying >= UNPAYING;
+        // As long as rounds gain, one more is made, whatever is predicted of it: what was seen counts for more.
+        let least = situation.downtime(&nothing(&situation).frozen);
+        let gains = self.planning.unpaying == 0 && bounds.rounds > 0 && bounds.max_total.is_none();
+        let may_freeze = !gains || cost <= NEAR_LEAST * least;
+        let freeze = (self.look(now) && may_freeze) || self.planning.unpaying >= UNPAYING;
         let after = self
             .situation(now, &self.stale(), &Tally::default())
             .after_round();
