@@ -26,7 +26,7 @@ pub const MAX_PAGES: u64 = 2048;
 /// Pages that lie together in a sample.
 const RUN: u32 = 16;
 /// What an unmapped page costs the guest at its next touch, at most: the fault, and with KVM the exit.
-/// Measured: 0.5 to 1 µs without KVM (`docs/bench/micro.md`).
+/// Measured: 1.0 to 1.2 µs without KVM (benchmark `pager`, `accesses`).
 pub const FAULT: Duration = Duration::from_micros(4);
 /// Pages unmapped per second: 1 % of one thread at the price of [`FAULT`].
 pub const PAGES_PER_SECOND: f64 = 2500.0;
