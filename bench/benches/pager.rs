@@ -1,8 +1,9 @@
 //! What tracking, placing and fault service cost, on another process's memory. Needs root.
 //!
-//! `accesses` is what sampling which pages are accessed costs: one sample by itself, a touch of a page that it has unmapped, and how much more processor
-//! time a guest needs for an access with a sample a second than with dirty tracking alone. It accesses 512 MiB
-//! at full speed and evenly: the worst case, every page that is unmapped is touched again.
+//! `accesses` is what sampling which pages are accessed costs: one sample by itself, a touch of a page that
+//! it has unmapped, and how much more processor time a guest needs for an access with a sample a second than
+//! with dirty tracking alone. It accesses 512 MiB at full speed and evenly: the worst case, every page that
+//! is unmapped is touched again.
 //!
 //! `fault_x1000/kernel` is a first touch that the kernel serves alone. `fault_x1000/raw` is the
 //! floor of what userfaultfd allows: a handler that reads the fault and copies a constant page.
