@@ -103,6 +103,7 @@ fn used(guest: &mut Guest, tracker: &Tracker, sampled: bool) -> f64 {
 
 fn accesses(criterion: &mut Criterion) {
     let mut guest = Guest::new(TRACKED);
+    guest.ask("rest");
     guest.ask("fill 1");
     let tracker = track(&guest, guest.attach(Features::TRACKING));
     let mut group = group(criterion, "accesses_512MiB");

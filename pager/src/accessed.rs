@@ -10,9 +10,11 @@
 //!
 //! What it costs the guest is bounded by construction: [`PAGES_PER_SECOND`] times the price of a minor fault
 //! ([`FAULT`]), and a share of the time ([`HELD`]) in which one thread of the process, one that sleeps
-//! if there is one, is borrowed for the calls. With KVM unmapping also takes the page out of the
-//! hypervisor's tables (mmu notifier), so that the guest's next touch costs an exit too.
+//! if there is one, is borrowed for the calls. When that is over the sample is what it is. With KVM unmapping
+//! also takes the page out of the hypervisor's tables (mmu notifier), so that the guest's next touch costs an
+//! exit too.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use roaring::RoaringBitmap;
@@ -30,16 +32,17 @@ const RUN: u32 = 16;
 pub const FAULT: Duration = Duration::from_micros(4);
 /// Pages unmapped per second: 1 % of one thread at the price of [`FAULT`].
 pub const PAGES_PER_SECOND: f64 = 2500.0;
-/// Share of the time that the borrowed thread may stand still.
-const HELD: f64 = 0.005;
+/// Share of the time that the borrowed thread may stand still: what it has not used it may use later, up to
+/// [`HELD_AT_ONCE`]; what it has used too much it must wait for.
+const HELD: f64 = 0.01;
 /// Time that the borrowed thread may stand still for once.
 const HELD_AT_ONCE: Duration = Duration::from_millis(20);
-/// Runs that are not worth a stop.
+/// Time that a sample is begun with, at least.
+const WORTH: Duration = Duration::from_millis(2);
+/// Runs that tell something.
 const FEW_RUNS: usize = 4;
-/// A call that takes longer than this, stop and all, costs more than the sample is worth.
-const SLOW_CALL: Duration = Duration::from_millis(5);
-/// Failures in a row after which nothing is tried any more. A thread may be late once.
-const FAILURES: u32 = 3;
+/// Poor samples in a row after which nothing is tried any more: a loaded machine is slow for a while.
+const FAILURES: u32 = 8;
 
 /// What became of a sample of one region's pages.
 #[derive(Clone, Debug)]
@@ -77,17 +80,22 @@ pub(crate) struct Sampler {
     since: Option<Instant>,
     /// Per region, the last report that named anything: half of the sample is taken from it.
     recent: Vec<RoaringBitmap>,
-    /// Time of one call, smoothed.
-    call: Option<Duration>,
+    /// How long a thread may be held now, in seconds; negative after it was held for too long.
+    allowance: Option<f64>,
+    accrued: Option<Instant>,
     failures: u32,
     random: u64,
     stats: SamplingStats,
 }
 
-/// A sample that is about to be unmapped.
-struct Choice {
-    watched: Vec<RoaringBitmap>,
-    unmapped: Vec<RoaringBitmap>,
+/// A run that is to be unmapped.
+struct Run {
+    /// Index of its region.
+    region: usize,
+    first: u32,
+    last: u32,
+    /// Whether it was chosen for what was written lately.
+    hot: bool,
 }
 
 /// The guest as the sampler needs it.
@@ -127,56 +135,74 @@ impl Sampler {
         }
         let now = Instant::now();
         let elapsed = self.since.map(|since| now.saturating_duration_since(since));
-        let runs = self.affordable(elapsed);
-        if runs < FEW_RUNS {
+        let patience = self.patience(now);
+        let runs = affordable(elapsed);
+        if runs < FEW_RUNS || patience.is_none() {
             // Too soon: what is watched goes on being watched.
             return Ok(Vec::new());
         }
         let seen = self.look(guest, elapsed.unwrap_or_default())?;
-        let choice = self.choose(guest, runs);
-        self.since = Some(now);
         self.watched = vec![RoaringBitmap::new(); guest.regions.len()];
-        if choice.unmapped.iter().all(RoaringBitmap::is_empty) {
+        self.since = Some(now);
+        let chosen = self.choose(guest, runs);
+        if chosen.is_empty() {
             return Ok(seen);
         }
-        let unmapped = self.unmap(guest, &choice);
-        // Before anything else is said: what is left of the marks must be known.
-        if let Err(error) = self.rescue(guest, &choice.unmapped, owed) {
-            for (owed, unmapped) in owed.iter_mut().zip(&choice.unmapped) {
-                *owed |= unmapped;
+        let unmapped = self.unmap(guest, &chosen, patience.unwrap_or_default());
+        // Before anything else is said: what is left of the marks must be known. The run behind the last may be
+        // unmapped in one of its mappings; after an error nobody knows what was unmapped.
+        let done = unmapped.as_ref().map_or(chosen.len(), |done| *done);
+        let touched = sets(guest, &chosen[..chosen.len().min(done + 1)]);
+        if let Err(error) = self.rescue(guest, &touched, owed) {
+            for (owed, touched) in owed.iter_mut().zip(&touched) {
+                *owed |= touched;
             }
             return Err(error);
         }
         match unmapped {
-            Ok(()) => {
-                self.failures = 0;
-                self.watched = choice.watched;
+            Ok(done) => {
+                self.watch(guest, &chosen[..done]);
                 self.stats.samples += 1;
+                self.stats.pages += touched.iter().map(RoaringBitmap::len).sum::<u64>();
+                self.judge(done >= FEW_RUNS.min(chosen.len()), || {
+                    format!(
+                        "{done} of {} calls in its process took {patience:?}",
+                        chosen.len()
+                    )
+                });
             }
-            Err(why) => {
-                self.failures += 1;
-                tracing::debug!(%why, failures = self.failures, "accesses were not sampled");
-                if self.failures >= FAILURES {
-                    self.stats.off = Some(why);
-                }
-            }
+            Err(why) => self.judge(false, || why),
         }
         Ok(seen)
     }
 
-    /// Runs that a sample may have now.
-    fn affordable(&self, elapsed: Option<Duration>) -> usize {
-        let most = (MAX_PAGES / u64::from(RUN)) as f64;
-        let Some(elapsed) = elapsed else {
-            return most as usize;
+    /// How long a thread may be held now, if that is worth it.
+    fn patience(&mut self, now: Instant) -> Option<Duration> {
+        let most = HELD_AT_ONCE.as_secs_f64();
+        let since = self.accrued.replace(now).unwrap_or(now);
+        let earned = HELD * now.saturating_duration_since(since).as_secs_f64();
+        let allowance = (self.allowance.unwrap_or(most) + earned).min(most);
+        self.allowance = Some(allowance);
+        // After a poor one, only with all that may be.
+        let least = if self.failures == 0 {
+            WORTH.as_secs_f64()
+        } else {
+            0.9 * most
         };
-        let seconds = elapsed.as_secs_f64();
-        let by_faults = PAGES_PER_SECOND * seconds / f64::from(RUN);
-        let held = (HELD * seconds).min(HELD_AT_ONCE.as_secs_f64());
-        let by_stop = self
-            .call
-            .map_or(most, |call| held / call.as_secs_f64().max(1e-7));
-        by_faults.min(by_stop).min(most) as usize
+        (allowance >= least).then(|| Duration::from_secs_f64(allowance))
+    }
+
+    fn judge(&mut self, fair: bool, why: impl FnOnce() -> String) {
+        if fair {
+            self.failures = 0;
+            return;
+        }
+        self.failures += 1;
+        let why = why();
+        tracing::debug!(%why, failures = self.failures, "accesses were hardly sampled");
+        if self.failures >= FAILURES {
+            self.stats.off = Some(why);
+        }
     }
 
     /// What became of the sample under way.
@@ -206,43 +232,72 @@ impl Sampler {
         Ok(seen)
     }
 
-    /// Half of the runs where the guest has written lately, half anywhere that has content. Of the first only what was
-    /// written is watched: neighbours of what is hot are no fair sample of what is not.
-    fn choose(&mut self, guest: &Watched<'_>, runs: usize) -> Choice {
-        let mut choice = Choice {
-            watched: vec![RoaringBitmap::new(); guest.regions.len()],
-            unmapped: vec![RoaringBitmap::new(); guest.regions.len()],
-        };
+    /// Half of the runs where the guest has written lately, half anywhere that has content; in random order, as
+    /// time may run out. No run twice.
+    fn choose(&mut self, guest: &Watched<'_>, runs: usize) -> Vec<Run> {
         self.recent
             .resize(guest.regions.len(), RoaringBitmap::new());
         let recent = std::mem::take(&mut self.recent);
-        for (among, times) in [(&recent[..], runs / 2), (guest.content, runs - runs / 2)] {
-            let total: u64 = among.iter().map(RoaringBitmap::len).sum();
-            for _ in 0..times {
-                let Some(rank) = self.random().checked_rem(total) else {
-                    break;
-                };
-                let Some((region, block)) = select(among, rank) else {
-                    break;
-                };
-                let first = block - block % RUN;
+        let totals = [&recent[..], guest.content].map(|among| {
+            let all: u64 = among.iter().map(RoaringBitmap::len).sum();
+            all
+        });
+        let mut chosen: Vec<Run> = Vec::with_capacity(runs);
+        let mut taken = HashSet::with_capacity(runs);
+        for number in 0..runs {
+            let hot = number % 2 == 0;
+            let (among, total) = if hot {
+                (&recent[..], totals[0])
+            } else {
+                (guest.content, totals[1])
+            };
+            let rank = self.random().checked_rem(total);
+            let Some((region, block)) = rank.and_then(|rank| select(among, rank)) else {
+                continue;
+            };
+            let first = block - block % RUN;
+            if taken.insert((region, first)) {
                 let last = (first | (RUN - 1)).min(guest.regions[region].memory.blocks() - 1);
-                let run: RoaringBitmap = (first..=last).collect();
-                choice.watched[region] |= &run & &among[region];
-                // All of it: one call.
-                choice.unmapped[region] |= run;
+                chosen.push(Run {
+                    region,
+                    first,
+                    last,
+                    hot,
+                });
             }
         }
         self.recent = recent;
-        choice
+        chosen
     }
 
-    /// Unmaps in the guest's process.
-    fn unmap(&mut self, guest: &Watched<'_>, choice: &Choice) -> std::result::Result<(), String> {
-        let mut calls = Vec::new();
-        for (region, unmapped) in guest.regions.iter().zip(&choice.unmapped) {
-            // Cannot fail: it only collects.
-            let _ = for_runs(region, unmapped, |mapping, first, count| {
+    /// These were unmapped. Of those that were chosen for what was written lately only that is watched:
+    /// neighbours of what is hot are no fair sample of what is not.
+    fn watch(&mut self, guest: &Watched<'_>, unmapped: &[Run]) {
+        for run in unmapped {
+            let among = if run.hot {
+                &self.recent[run.region]
+            } else {
+                &guest.content[run.region]
+            };
+            let blocks: RoaringBitmap = (run.first..=run.last).collect();
+            self.watched[run.region] |= blocks & among;
+        }
+    }
+
+    /// Unmaps in the guest's process, as many runs as there is time for. After an error, any of them.
+    fn unmap(
+        &mut self,
+        guest: &Watched<'_>,
+        chosen: &[Run],
+        patience: Duration,
+    ) -> std::result::Result<usize, String> {
+        let mut calls = Vec::with_capacity(chosen.len());
+        // Number of calls after which a run is unmapped wherever it is mapped.
+        let mut ends = Vec::with_capacity(chosen.len());
+        for run in chosen {
+            let region = &guest.regions[run.region];
+            let set: RoaringBitmap = (run.first..=run.last).collect();
+            let collected = for_runs(region, &set, |mapping, first, count| {
                 calls.push(Syscall {
                     number: libc::SYS_madvise,
                     arguments: [
@@ -253,31 +308,24 @@ impl Sampler {
                 });
                 Ok(())
             });
+            collected.map_err(|error| error.to_string())?;
+            ends.push(calls.len());
         }
         let done =
-            inject::call_all(guest.pid, &calls, HELD_AT_ONCE).map_err(|error| error.to_string())?;
+            inject::call_all(guest.pid, &calls, patience).map_err(|error| error.to_string())?;
         self.stats.held += done.held;
-        self.stats.pages += choice.unmapped.iter().map(RoaringBitmap::len).sum::<u64>();
+        self.allowance = self.allowance.map(|left| left - done.held.as_secs_f64());
         if let Some(error) = done.results.iter().find(|result| **result < 0) {
             let error = std::io::Error::from_raw_os_error(-*error as i32);
+            // It will be so again.
+            self.failures = FAILURES - 1;
             return Err(format!(
                 "its memory cannot be unmapped for a moment ({error}): is it locked (mlock)?"
             ));
         }
-        let one = done.held / done.results.len().max(1) as u32;
-        let mean = self.call.map_or(one, |before| (before * 3 + one) / 4);
-        self.call = Some(mean);
-        if mean > SLOW_CALL {
-            return Err(format!("one call in the process takes {mean:?}"));
-        }
-        if done.results.len() < calls.len() {
-            return Err(format!(
-                "{} of {} calls were made within {HELD_AT_ONCE:?}",
-                done.results.len(),
-                calls.len()
-            ));
-        }
-        Ok(())
+        let made = done.results.len();
+        let runs = ends.iter().filter(|end| **end <= made).count();
+        Ok(runs)
     }
 
     /// Everything that has no mark after it was unmapped was written, or may have been: it is owed, and
@@ -329,6 +377,22 @@ impl Sampler {
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         mixed ^ (mixed >> 31)
     }
+}
+
+/// Runs that a sample may have, by the faults that they cost.
+fn affordable(elapsed: Option<Duration>) -> usize {
+    let most = MAX_PAGES as f64;
+    let pages = elapsed.map_or(most, |elapsed| PAGES_PER_SECOND * elapsed.as_secs_f64());
+    (pages.min(most) / f64::from(RUN)) as usize
+}
+
+/// The blocks of these runs, by region.
+fn sets(guest: &Watched<'_>, runs: &[Run]) -> Vec<RoaringBitmap> {
+    let mut sets = vec![RoaringBitmap::new(); guest.regions.len()];
+    for run in runs {
+        sets[run.region].insert_range(run.first..=run.last);
+    }
+    sets
 }
 
 /// The block of this rank over all regions.

@@ -155,8 +155,9 @@ mod x86_64 {
         })?;
         let mut calls = Calls::default();
         for _ in 0..ATTEMPTS {
-            let begun = Instant::now();
             interrupt(tid)?;
+            // Until here it went on.
+            let begun = Instant::now();
             let left = &syscalls[calls.results.len()..];
             let deadline = begun.checked_add(patience.saturating_sub(calls.held));
             let stepped = steps(tid, address, left, deadline, &mut calls.results);

@@ -236,6 +236,21 @@ fn guest(fd: i32, pages: u32, uid: u32) {
                 }
                 "done".into()
             }
+            // The same, but 200 pages in a millisecond only: most are not written again.
+            ["trickle", seed, ms] => {
+                let begun = Instant::now();
+                let mut at: u64 = number(seed);
+                let mut written = 0;
+                while begun.elapsed() < Duration::from_millis(number(ms)) {
+                    while written < begun.elapsed().as_micros() / 5 {
+                        at = pattern::mix(at);
+                        let page = (at % u64::from(pages)) as u32;
+                        memory.write(page, (at >> 40) as usize % WORDS, at);
+                        written += 1;
+                    }
+                }
+                "done".into()
+            }
             // Reads everything in a range.
             ["read", first, count] => {
                 let (first, count): (u32, u32) = (number(first), number(count));
@@ -285,6 +300,15 @@ fn guest(fd: i32, pages: u32, uid: u32) {
                     let mut at = 0_u64;
                     loop {
                         at = std::hint::black_box(pattern::mix(at));
+                    }
+                });
+                "done".into()
+            }
+            // A thread that does nothing, as most processes have one.
+            ["rest"] => {
+                std::thread::spawn(|| {
+                    loop {
+                        std::thread::park();
                     }
                 });
                 "done".into()
