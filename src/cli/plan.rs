@@ -12,7 +12,12 @@ use crate::units;
 #[derive(Clone, Debug, Args)]
 pub struct PlanArgs {
     /// QMP socket of a running QEMU, which is watched for a while.
-    #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath, required_unless_present_any = ["workload", "profile"])]
+    #[arg(
+        long,
+        value_name = "SOCKET",
+        value_hint = ValueHint::FilePath,
+        required_unless_present_any = ["workload", "profile"]
+    )]
     pub qmp: Option<PathBuf>,
     /// Control socket of a running `hybridmig guest`, which is watched for a while.
     #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath, conflicts_with = "qmp")]
@@ -26,7 +31,8 @@ pub struct PlanArgs {
     /// How long the guest is watched.
     #[arg(long, value_name = "TIME", value_parser = units::time, default_value = "10s")]
     pub watch: Duration,
-    /// The `hybridmig recv` that waits for the guest: asked for the round trip. What the link carried is remembered from the last
+    /// The `hybridmig recv` that waits for the guest: asked for the round trip. What the link carried is remembered
+    /// from the last
     /// migration to the same place.
     #[arg(long, value_name = "HOST:PORT", conflicts_with = "profile")]
     pub to: Option<String>,

@@ -25,7 +25,8 @@ use crate::units::{show_rate, show_time};
 
 /// Of what a link carries, what a migration gets: headers, acknowledgements, the rate that congestion control leaves.
 const GOODPUT: f64 = 0.93;
-/// How sure a rate is that the operator names, that was seen a day ago, or of which nothing is known, as relative standard
+/// How sure a rate is that the operator names, that was seen a day ago, or of which nothing is known, as relative
+/// standard
 /// deviations.
 const SURE: (f64, f64, f64) = (0.05, 0.15, 0.5);
 /// Assumed of a link of which nothing is known, in bytes per second and in seconds.
@@ -238,7 +239,8 @@ fn svg(points: &[Point]) -> String {
     let mut text = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {} {}\" font-family=\"sans-serif\" font-size=\"13\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-         <text x=\"{MARGIN}\" y=\"24\">predicted lost work in seconds, over the share of memory that moves before the resume; a line for \
+         <text x=\"{MARGIN}\" y=\"24\">predicted lost work in seconds, over the share of memory that moves before \
+         the resume; a line for \
          each share of the disks</text>\n",
         SIZE.0, SIZE.1
     );
@@ -267,7 +269,8 @@ fn svg(points: &[Point]) -> String {
         let shade = (200.0 - 170.0 * share) as u8;
         let _ = writeln!(
             text,
-            "<polyline fill=\"none\" stroke=\"rgb({shade},{shade},200)\" stroke-width=\"2\" points=\"{}\"><title>disks {:.0} \
+            "<polyline fill=\"none\" stroke=\"rgb({shade},{shade},200)\" stroke-width=\"2\" \
+             points=\"{}\"><title>disks {:.0} \
              %</title></polyline>",
             line.join(" "),
             100.0 * share

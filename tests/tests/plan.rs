@@ -135,7 +135,8 @@ fn what_was_predicted_stands_beside_what_came() -> Result<()> {
                 "{freeze:?}"
             );
         }
-        // A loaded machine is slow; but it cannot be sooner than the pages that were left, nor sooner than half a round trip.
+        // A loaded machine is slow; but it cannot be sooner than the pages that were left, nor sooner than half a
+        // round trip.
         ensure!(
             freeze.downtime.p50 > 0.01 && freeze.total.p50 > 0.05,
             "{freeze:?}"

@@ -106,7 +106,8 @@ fn summary(text: &mut String, cells: &[CellRuns<'_>]) {
 
 fn lost_work(text: &mut String, cells: &[CellRuns<'_>]) {
     text.push_str(
-        "## Lost work L in seconds\n\n| cell | planned | best fixed | which | planned : best | simple rule | pre-copy | \
+        "## Lost work L in seconds\n\n| cell | planned | best fixed | which | planned : best | \
+         simple rule | pre-copy | \
          post-copy |\n|---|---|---|---|---|---|---|---|\n",
     );
     for cell in cells {
@@ -136,8 +137,10 @@ fn lost_work(text: &mut String, cells: &[CellRuns<'_>]) {
 
 fn predictions(text: &mut String, runs: &[Run]) {
     text.push_str(
-        "## Predictions\n\nMedian of |predicted − came| / came, and the share of runs within the 80 % interval. Faults: \
-         error over runs with ten or more.\n\n| | goal | planned, at the freeze | within | planned, at the start | within | all, \
+        "## Predictions\n\nMedian of |predicted − came| / came, and the share of runs within the \
+         80 % interval. Faults: \
+         error over runs with ten or more.\n\n| | goal | planned, at the freeze | within | \
+         planned, at the start | within | all, \
          at the freeze | within |\n|---|---|---|---|---|---|---|---|\n",
     );
     let goals = ["≤ 10 %", "≤ 20 %", "≤ 25 %", "≤ 30 %"];
@@ -167,7 +170,8 @@ fn predictions(text: &mut String, runs: &[Run]) {
 
 fn by_cell(text: &mut String, cells: &[CellRuns<'_>]) {
     text.push_str(
-        "## Predicted at the freeze and seen, by cell (planned runs)\n\n| cell | total | came | downtime | came | L | came | faults | \
+        "## Predicted at the freeze and seen, by cell (planned runs)\n\n| cell | total | came | downtime | \
+         came | L | came | faults | \
          came | of the working set |\n|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for cell in cells {

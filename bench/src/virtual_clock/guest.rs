@@ -290,7 +290,8 @@ impl Guest {
         std::mem::take(&mut self.dirty)
     }
 
-    /// Which of some pages with content were touched in the interval since `since`, as a host that samples accesses sees it.
+    /// Which of some pages with content were touched in the interval since `since`, as a host that samples accesses
+    /// sees it.
     pub fn samples(&self, since: Duration, now: Duration, rng: &mut SmallRng) -> Vec<AccessSample> {
         let region = &self.regions[0];
         let (mut watched, mut accessed) = (BlockSet::new(), BlockSet::new());

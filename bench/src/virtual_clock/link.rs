@@ -1,5 +1,7 @@
-//! One direction of the link, packet by packet: queues of lanes at the sender, which sends as fast as the bottleneck drains, what
-//! is urgent first; the emulator's own model decides what becomes of each packet. What has parity does without a few of its
+//! One direction of the link, packet by packet: queues of lanes at the sender, which sends as fast as the bottleneck
+//! drains, what
+//! is urgent first; the emulator's own model decides what becomes of each packet. What has parity does without a few
+//! of its
 //! packets, others have to be sent again.
 
 use std::cmp::Reverse;

@@ -161,7 +161,8 @@ fn shown(value: Option<f64>) -> String {
 
 /// The sweep as Markdown: for each cell the best fixed share in hindsight and the planner beside it.
 pub fn table(lines: &[Line]) -> String {
-    let mut text = "| cell | planned | best fixed | memory × disk | planned : best | simple rule | pre-copy | post-copy | \
+    let mut text = "| cell | planned | best fixed | memory × disk | planned : best | simple rule | pre-copy | \
+                    post-copy | \
                     faults / working set |\n|---|---|---|---|---|---|---|---|---|\n"
         .to_owned();
     let mut ratios = Vec::new();
@@ -210,7 +211,8 @@ pub fn table(lines: &[Line]) -> String {
     let worst = ratios.iter().copied().fold(0.0, f64::max);
     let _ = writeln!(
         text,
-        "\nPlanner's L over the best fixed one's: median {}, worst {worst:.2}. Not worse than either pure mode in {better} of {all} cells.",
+        "\nPlanner's L over the best fixed one's: median {}, worst {worst:.2}. Not worse than either pure \
+         mode in {better} of {all} cells.",
         crate::grid::median(ratios).map_or("–".to_owned(), |ratio| format!("{ratio:.2}")),
     );
     text
@@ -221,9 +223,11 @@ pub fn table(lines: &[Line]) -> String {
 /// # Errors
 /// Where a simulation fails.
 pub fn compare(runs: &[Run]) -> Result<String> {
-    let mut text = "| cell | variant | total real | virtual | downtime real | virtual | L real | virtual | faults real | virtual |\n\
+    let mut text =
+        "| cell | variant | total real | virtual | downtime real | virtual | L real | virtual | \
+                    faults real | virtual |\n\
                     |---|---|---|---|---|---|---|---|---|---|\n"
-        .to_owned();
+            .to_owned();
     let mut off: [Vec<f64>; 4] = Default::default();
     for run in runs {
         let Some(seen) = &run.seen else {

@@ -247,7 +247,8 @@ fn fill_speed(
                 .checked_sub(BASELINE)
                 .unwrap_or(started)
                 .max(started);
-            // A short look before the migration says less than a long one in pre-copy, which costs the guest next to nothing.
+            // A short look before the migration says less than a long one in pre-copy, which costs the guest next to
+            // nothing.
             let until = if baseline.saturating_duration_since(started) < SHORT {
                 freeze
             } else {

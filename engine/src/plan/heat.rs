@@ -85,7 +85,8 @@ impl Heat {
         }
     }
 
-    /// The guest is known to have read these lately (or written: not every guest can tell), `now` in seconds. Blocks that
+    /// The guest is known to have read these lately (or written: not every guest can tell), `now` in seconds. Blocks
+    /// that
     /// are new among them tell how often what was not used before comes to be used.
     pub fn accessed(&mut self, blocks: &Blocks, content: &Blocks, now: f64) {
         if let Some(before) = self.looked.replace(now).filter(|before| *before < now) {
@@ -233,7 +234,8 @@ impl Heat {
         tally
     }
 
-    /// Blocks of a region by level. Of a guest with millions of them this is done at every scan, so nothing is looked up
+    /// Blocks of a region by level. Of a guest with millions of them this is done at every scan, so nothing is looked
+    /// up
     /// that need not be.
     fn levels(&self, region: RegionId, set: &BlockSet) -> [u64; LEVELS] {
         let mut levels = [0; LEVELS];

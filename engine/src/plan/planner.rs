@@ -1,4 +1,5 @@
-//! Chooses how many more rounds, when to freeze and what moves in the freeze: the plan under which the guest loses least,
+//! Chooses how many more rounds, when to freeze and what moves in the freeze: the plan under which the guest loses
+//! least,
 //! within the operator's limits.
 
 use hybridmig_transport::message::RegionKind;
@@ -98,7 +99,8 @@ pub fn choose(situation: &Situation, bounds: &Bounds) -> Choice {
     best.expect("freezing now is always looked at")
 }
 
-/// The best division of what is stale, if the guest is frozen as things stand. What is predicted to cost about the same is
+/// The best division of what is stale, if the guest is frozen as things stand. What is predicted to cost about the
+/// same is
 /// not the same: of those the plan with the fewest faults, because faults are what is known least.
 pub fn best_freeze(at: &Situation, bounds: &Bounds) -> (Frozen, Outcome) {
     let scored: Vec<(f64, Frozen, Outcome)> = candidates(at)

@@ -66,7 +66,8 @@ fn heat_is_recency_first_then_frequency() {
     assert_eq!(heat.of(RAM, 1), 0);
 }
 
-/// Pushes everything of 2000 pages, of which two are hot and the guest has faulted on one: how many go before the hot ones.
+/// Pushes everything of 2000 pages, of which two are hot and the guest has faulted on one: how many go before the hot
+/// ones.
 fn pushed_near_a_fault(heat: &mut Heat) -> usize {
     heat.scanned(&set([1500, 1501]), &Blocks::new(), 1.0);
     let mut remaining = set(0..2000);

@@ -1,8 +1,10 @@
 //! The distribution of outcomes: the fluid model under drawn parameters.
 //!
 //! What is not known exactly is drawn: the bandwidth and the round trip of the link, what the steps cost, the rates of
-//! access and of writing. Faults come at random on top: their number is overdispersed (one brings others: locality, several
-//! threads), with a variance [`CLUSTERING`] times that of a Poisson variable. Draws are the same for every plan, so that two
+//! access and of writing. Faults come at random on top: their number is overdispersed (one brings others: locality,
+//! several
+//! threads), with a variance [`CLUSTERING`] times that of a Poisson variable. Draws are the same for every plan, so
+//! that two
 //! plans differ by what they are and not by luck.
 
 use rand::rngs::SmallRng;

@@ -2,7 +2,8 @@
 //! here are those there.
 //!
 //! Missing pages m_i of class i flow away by pushing, the hottest first, and by demand. The guest touches missing pages
-//! at v·Φ per second, Φ = Σ a_i·m_i. One of c threads that touches one waits S_i: a round trip, or less if the page is to
+//! at v·Φ per second, Φ = Σ a_i·m_i. One of c threads that touches one waits S_i: a round trip, or less if the page
+//! is to
 //! arrive by itself before. A fault brings g pages with it that would have been touched as well, and pushing
 //! after a fault feeds a guest that walks. So the guest runs at
 //! `v = κ / (Φ + κ)` with `κ = c·g/S̄ + u·μ`, and what it loses is ∫ (1 − v) dt.
@@ -12,11 +13,13 @@ use hybridmig_transport::message::RegionKind;
 use super::{Class, KindState, Outcome, Situation};
 use crate::plan::heat::index;
 
-/// What parity and headers add to what moves in a freeze, without loss, and how that grows with loss: see [`crate::plan`].
+/// What parity and headers add to what moves in a freeze, without loss, and how that grows with loss: see
+/// [`crate::plan`].
 const PARITY: (f64, f64) = (0.03, 2.7);
 /// A fault's latency over the round trip: what waits before it at the bottleneck and in both hosts, in seconds.
 const SERVICE: f64 = 0.003;
-/// Bytes that the answer to a fault takes, over those of the same page when it is pushed: parity, and no batch around it.
+/// Bytes that the answer to a fault takes, over those of the same page when it is pushed: parity, and no batch around
+/// it.
 const ANSWER: f64 = 1.6;
 /// Steps of the integration: at least so many while everything would be pushed, at most in all.
 const STEPS: (f64, u32) = (160.0, 4000);

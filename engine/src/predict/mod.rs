@@ -2,7 +2,8 @@
 //! classes of hotness, the link and what the steps cost. Pure arithmetic; `docs/model.md` derives it and names every
 //! assumption.
 //!
-//! It deals in classes and curves, never in single blocks: a prediction takes the same time for a guest of a GiB and of a TiB.
+//! It deals in classes and curves, never in single blocks: a prediction takes the same time for a guest of a GiB and
+//! of a TiB.
 
 pub mod costs;
 pub mod draws;
@@ -45,7 +46,8 @@ pub struct Class {
 pub struct KindState {
     /// By hotness, the most accessed first; at most [`MAX_CLASSES`].
     pub classes: Vec<Class>,
-    /// Bytes on the wire of a page that goes in full: the first time, and after the freeze, when there is nothing to refer to.
+    /// Bytes on the wire of a page that goes in full: the first time, and after the freeze, when there is nothing to
+    /// refer to.
     pub bytes_per_page: f64,
     /// Bytes of one that is stale now, on average of those that were sent before and those that were not.
     pub bytes_stale: f64,
@@ -103,7 +105,8 @@ pub struct Situation {
     pub min_round: f64,
     /// Share of the guest's speed that pre-copy costs it.
     pub watching_cost: f64,
-    /// What rounds have left stale, over what they were expected to: a guest that writes in order, say, is no Poisson process.
+    /// What rounds have left stale, over what they were expected to: a guest that writes in order, say, is no Poisson
+    /// process.
     pub rewriting: f64,
 }
 

@@ -3,7 +3,8 @@
 use super::Situation;
 use super::fluid::with_stale;
 
-/// Share of a round's bytes that are still on their way when it ends does not matter for what the guest writes; the round
+/// Share of a round's bytes that are still on their way when it ends does not matter for what the guest writes; the
+/// round
 /// trip until the end is seen does.
 const CLOSING: f64 = 0.5;
 
@@ -21,7 +22,8 @@ impl Situation {
 
     /// The situation after one more round, or after what is left of the one under way.
     ///
-    /// Pages that were current become stale by being written. Pages that were stale are sent once; those sent early can be
+    /// Pages that were current become stale by being written. Pages that were stale are sent once; those sent early
+    /// can be
     /// written again. Where the round is long enough for scans within it, what was written goes last.
     #[must_use]
     pub fn after_round(&self) -> Self {

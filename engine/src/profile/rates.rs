@@ -168,7 +168,8 @@ impl Rates {
             .unwrap_or(guess)
     }
 
-    /// What the bits themselves say, as if a few blocks had been seen over a usual interval: one short interval without a write
+    /// What the bits themselves say, as if a few blocks had been seen over a usual interval: one short interval
+    /// without a write
     /// must not make a hot level cold.
     fn prior(&self, guess: f64) -> Count {
         let seconds = self.interval.max(1e-3);

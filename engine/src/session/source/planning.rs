@@ -1,4 +1,5 @@
-//! Where the machine stands, as the predictor wants to know it, and what the planner makes of it. In hybrid mode the planner decides,
+//! Where the machine stands, as the predictor wants to know it, and what the planner makes of it. In hybrid mode the
+//! planner decides,
 //! unless the operator has named shares or wants the simple rule (`observe`); in all modes it predicts.
 
 use std::time::Duration;
@@ -22,7 +23,8 @@ const BANDWIDTH_CV: (f64, f64) = (0.06, 0.35);
 const RTT_CV: f64 = 0.05;
 /// Time between two looks at the plan in post-copy.
 const REPLAN: Duration = Duration::from_secs(1);
-/// Rounds in a row that gained nothing, after which none is made any more, whatever is predicted of it; and what a round
+/// Rounds in a row that gained nothing, after which none is made any more, whatever is predicted of it; and what a
+/// round
 /// must have gained, as a share.
 const UNPAYING: u32 = 2;
 const GAINED: f64 = 0.1;
@@ -95,7 +97,8 @@ pub(super) struct Planning {
     pub(super) report: PlanReport,
     /// See [`Situation::rewriting`].
     rewriting: f64,
-    /// When the last round ended: what freezing then would have cost, and the pages that one more round was to leave stale.
+    /// When the last round ended: what freezing then would have cost, and the pages that one more round was to leave
+    /// stale.
     round: Option<(f64, f64)>,
     /// Rounds in a row that gained nothing.
     unpaying: u32,
@@ -360,7 +363,8 @@ impl SourceMachine {
         self.planning.frozen = Some((situation, Frozen(by_class)));
     }
 
-    /// The distribution of what the freeze comes to, from what was known at it. Costs some milliseconds, so not while the
+    /// The distribution of what the freeze comes to, from what was known at it. Costs some milliseconds, so not while
+    /// the
     /// guest stands still.
     pub(super) fn predict_freeze(&mut self, now: Duration) {
         let Some((mut situation, frozen)) = self.planning.frozen.take() else {
@@ -386,7 +390,8 @@ impl SourceMachine {
         self.planning.next = now + REPLAN;
     }
 
-    /// A look at the plan after the freeze: what the guest asked for shows which levels it uses, and the order of pushing
+    /// A look at the plan after the freeze: what the guest asked for shows which levels it uses, and the order of
+    /// pushing
     /// follows.
     pub(super) fn look_again(&mut self, now: Duration) {
         if now < self.planning.next || !self.planned() {
