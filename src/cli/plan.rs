@@ -32,8 +32,7 @@ pub struct PlanArgs {
     #[arg(long, value_name = "TIME", value_parser = units::time, default_value = "10s")]
     pub watch: Duration,
     /// The `hybridmig recv` that waits for the guest: asked for the round trip. What the link carried is remembered
-    /// from the last
-    /// migration to the same place.
+    /// from the last migration to the same place.
     #[arg(long, value_name = "HOST:PORT", conflicts_with = "profile")]
     pub to: Option<String>,
     /// What the link carries, for example 200mbit.

@@ -26,8 +26,7 @@ use crate::units::{show_rate, show_time};
 /// Of what a link carries, what a migration gets: headers, acknowledgements, the rate that congestion control leaves.
 const GOODPUT: f64 = 0.93;
 /// How sure a rate is that the operator names, that was seen a day ago, or of which nothing is known, as relative
-/// standard
-/// deviations.
+/// standard deviations.
 const SURE: (f64, f64, f64) = (0.05, 0.15, 0.5);
 /// Assumed of a link of which nothing is known, in bytes per second and in seconds.
 const ASSUMED: (f64, f64) = (12.5e6, 0.05);

@@ -11,6 +11,7 @@ use hybridmig_engine::guest::SourceGuest;
 use hybridmig_engine::guest::qemu::disk::DiskChoice;
 use hybridmig_engine::guest::qemu::{QemuSource, QemuSourceOptions};
 use hybridmig_engine::guest::workload::WorkloadSource;
+use hybridmig_engine::guest::workload::control::Standing;
 use hybridmig_engine::predict::costs::{LinkSeen, Remembered};
 use hybridmig_engine::profile::{HeatRun, Profile, RegionProfile, file};
 use hybridmig_engine::session::io::SourceOutcome;
@@ -106,7 +107,8 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
     Ok(source_code(&run.outcome))
 }
 
-/// Attaches to the guest that the operator means.
+/// Attaches to the guest that the operator means. It must run: what stands still may have been handed over already,
+/// and the end of tracking lets a guest run. (Of a QEMU the preflight sees to that.)
 pub fn open(args: &SourceGuestArgs, disks: DiskChoice) -> anyhow::Result<Arc<dyn SourceGuest>> {
     match (&args.qmp, &args.workload) {
         (Some(qmp), _) => Ok(Arc::new(QemuSource::open(
@@ -116,7 +118,17 @@ pub fn open(args: &SourceGuestArgs, disks: DiskChoice) -> anyhow::Result<Arc<dyn
                 ..QemuSourceOptions::default()
             },
         )?)),
-        (_, Some(control)) => Ok(Arc::new(WorkloadSource::attach(control)?)),
+        (_, Some(control)) => {
+            let guest = WorkloadSource::attach(control)?;
+            let standing = guest.describe_guest()?.standing;
+            if standing != Standing::Running {
+                bail!(
+                    "the guest at {} does not run ({standing:?}); `hybridmig resolve` tells whether it was handed over",
+                    control.display()
+                );
+            }
+            Ok(Arc::new(guest))
+        }
         (None, None) => unreachable!("clap wants one of the two"),
     }
 }

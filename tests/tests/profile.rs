@@ -196,21 +196,35 @@ fn a_guest_at_full_speed_is_left_right_when_watching_is_broken_off() -> Result<(
     guest.runs_here()
 }
 
+/// One that stands still may have been handed over: whatever looks at it must not let it run.
 #[test]
-fn a_frozen_guest_is_not_watched() -> Result<()> {
+fn a_frozen_guest_is_not_looked_at_and_stays_frozen() -> Result<()> {
     let host = Host::new()?;
     let guest = Guest::start_with(&host, 16, &[])?;
     Control::connect(guest.control())?.freeze(PATIENCE)?;
-    let mut command = Command::new(hybridmig_binary()?);
-    let refused = command
-        .args(["profile", "--workload", &guest.socket()])
-        .output()?;
-    let said = String::from_utf8_lossy(&refused.stderr);
-    ensure!(
-        refused.status.code() == Some(1) && said.contains("does not run"),
-        "{said}"
-    );
-    guest.is_frozen()
+    for words in [
+        &["profile"][..],
+        &["plan"],
+        &["check"],
+        &["send", "--to", "127.0.0.1:9"],
+    ] {
+        let mut command = match words {
+            ["send", ..] => host.command("send", &host)?,
+            _ => Command::new(hybridmig_binary()?),
+        };
+        let skip = usize::from(words.len() > 1);
+        command
+            .args(&words[skip..])
+            .args(["--workload", &guest.socket()]);
+        let refused = command.output()?;
+        let said = String::from_utf8_lossy(&refused.stderr);
+        ensure!(
+            refused.status.code() == Some(1) && said.contains("does not run"),
+            "{words:?}: {said}"
+        );
+        guest.is_frozen()?;
+    }
+    Ok(())
 }
 
 /// Nine of ten writes of the checker go to a tenth of its pages.

@@ -1,7 +1,6 @@
 //! The planner judged: the embedded guest in every profile over several links, under the planner and under everything
-//! that
-//! could have been chosen instead. Runs `hybridmig demo`, as a user would: real processes, a relay that emulates the
-//! link. This file is what is run; [`run`] runs it, [`report`] makes tables and plots.
+//! that could have been chosen instead. Runs `hybridmig demo`, as a user would: real processes, a relay that emulates
+//! the link. This file is what is run; [`run`] runs it, [`report`] makes tables and plots.
 
 mod plot;
 mod report;

@@ -5,39 +5,14 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use super::{Cell, Figures, Foretold, Run, Variant, plot, tables};
+use crate::report::Figure;
 
 /// Faults from which on an error is given as a share: a single fault more or less is not news.
 pub const MANY_FAULTS: f64 = 10.0;
 
 /// The middle of some values.
-pub fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => None,
-        odd if odd % 2 == 1 => Some(values[middle]),
-        _ => Some(f64::midpoint(values[middle - 1], values[middle])),
-    }
-}
-
-/// Median, least and most.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Spread {
-    pub median: f64,
-    pub least: f64,
-    pub most: f64,
-}
-
-impl Spread {
-    fn of(values: Vec<f64>) -> Option<Self> {
-        let least = values.iter().copied().fold(f64::INFINITY, f64::min);
-        let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        median(values).map(|median| Self {
-            median,
-            least,
-            most,
-        })
-    }
+pub fn median(values: Vec<f64>) -> Option<f64> {
+    Figure::of(values).map(|figure| figure.median)
 }
 
 /// The runs of one cell under one variant.
@@ -47,8 +22,8 @@ pub struct Row<'a> {
 }
 
 impl Row<'_> {
-    pub fn figure(&self, of: fn(&Figures<f64>) -> f64) -> Option<Spread> {
-        Spread::of(
+    pub fn figure(&self, of: fn(&Figures<f64>) -> f64) -> Option<Figure> {
+        Figure::of(
             self.runs
                 .iter()
                 .filter_map(|run| run.seen.as_ref().map(of))
@@ -58,7 +33,7 @@ impl Row<'_> {
 
     pub fn lost(&self) -> Option<f64> {
         self.figure(|seen| seen.lost_work)
-            .map(|spread| spread.median)
+            .map(|figure| figure.median)
     }
 }
 
@@ -290,12 +265,5 @@ pub mod tests {
         assert!((lost.within - 0.5).abs() < 1e-9);
         assert!((of(QUANTITIES[3]).error.unwrap() - 0.5).abs() < 1e-9);
         assert!(accuracy(runs.iter(), |run| run.at_start.as_ref(), QUANTITIES[0]).is_none());
-    }
-
-    #[test]
-    fn a_median_is_in_the_middle() {
-        assert_eq!(median(vec![]), None);
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), Some(2.5));
     }
 }

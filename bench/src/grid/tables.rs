@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 
-use super::report::{Accuracy, CellRuns, QUANTITIES, Spread, accuracy, cells, median};
+use super::report::{Accuracy, CellRuns, QUANTITIES, accuracy, cells, median};
 use super::{Run, Variant};
+use crate::report::figure;
 
 /// The whole page.
 pub fn markdown(runs: &[Run], made_by: &str, plots: &[&str]) -> String {
@@ -37,22 +38,6 @@ fn percent(value: Option<f64>) -> String {
 
 fn plain(value: Option<f64>) -> String {
     value.map_or("–".to_owned(), |value| format!("{value:.2}"))
-}
-
-fn spread(spread: Option<Spread>, digits: usize) -> String {
-    let Some(Spread {
-        median,
-        least,
-        most,
-    }) = spread
-    else {
-        return "–".to_owned();
-    };
-    if most - least < 1e-9 {
-        format!("{median:.digits$}")
-    } else {
-        format!("{median:.digits$} ({least:.digits$} – {most:.digits$})")
-    }
 }
 
 fn summary(text: &mut String, cells: &[CellRuns<'_>]) {
@@ -126,13 +111,13 @@ fn lost_work(text: &mut String, cells: &[CellRuns<'_>]) {
             text,
             "| {} | {} | {} | {} | {} | {} | {} | {} |",
             name(cell),
-            spread(of(Variant::Planned), 3),
-            spread(row.and_then(|row| row.figure(|seen| seen.lost_work)), 3),
+            figure(of(Variant::Planned)),
+            figure(row.and_then(|row| row.figure(|seen| seen.lost_work))),
             best.map_or("–".to_owned(), |(variant, _)| variant.to_string()),
             plain(cell.ratio()),
-            spread(of(Variant::Observe), 3),
-            spread(of(Variant::Precopy), 3),
-            spread(of(Variant::Postcopy), 3),
+            figure(of(Variant::Observe)),
+            figure(of(Variant::Precopy)),
+            figure(of(Variant::Postcopy)),
         );
     }
     text.push_str(
@@ -228,10 +213,10 @@ fn every(text: &mut String, cells: &[CellRuns<'_>]) {
                 name(cell),
                 row.variant,
                 row.runs.len(),
-                spread(row.figure(|seen| seen.lost_work), 3),
-                spread(row.figure(|seen| seen.downtime), 3),
-                spread(row.figure(|seen| seen.total), 2),
-                spread(row.figure(|seen| seen.faults), 0),
+                figure(row.figure(|seen| seen.lost_work)),
+                figure(row.figure(|seen| seen.downtime)),
+                figure(row.figure(|seen| seen.total)),
+                figure(row.figure(|seen| seen.faults)),
                 rounds.unwrap_or(0.0),
                 failed.join("; ").replace('|', "/"),
             );

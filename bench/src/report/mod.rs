@@ -15,6 +15,9 @@ use anyhow::{Context, Result};
 use crate::record::Record;
 use cells::Results;
 
+pub use cells::Figure;
+pub(crate) use format::figure;
+
 /// Writes `results.md` and its plots into `out` and returns how many files these are. `made_by` is the command
 /// that made the results.
 pub fn write(records: &[Record], out: &Path, made_by: &str) -> Result<usize> {

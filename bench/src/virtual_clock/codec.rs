@@ -1,6 +1,5 @@
 //! Bytes of blocks in batches: the codec's rules on what it may refer to, over versions instead of bytes, and sizes
-//! that the real
-//! codec gave for pages as the guest makes them.
+//! that the real codec gave for pages as the guest makes them.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

@@ -1,8 +1,6 @@
 //! One direction of the link, packet by packet: queues of lanes at the sender, which sends as fast as the bottleneck
-//! drains, what
-//! is urgent first; the emulator's own model decides what becomes of each packet. What has parity does without a few
-//! of its
-//! packets, others have to be sent again.
+//! drains, what is urgent first; the emulator's own model decides what becomes of each packet. What has parity does
+//! without a few of its packets, others have to be sent again.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};

@@ -1,11 +1,9 @@
 //! Whole migrations of the embedded guest under a virtual clock: both real session machines, the guest's true access
-//! patterns, a
-//! model of the link and of what the steps cost. So fine sweeps over fixed fractions take seconds. What it says is
-//! held against real runs: docs/bench/plan/virtual.md.
+//! patterns, a model of the link and of what the steps cost. So fine sweeps over fixed fractions take seconds. What
+//! it says is held against real runs: docs/bench/plan/virtual.md.
 //!
 //! Contents are versions, not bytes: a page that is read at the destination must have the version that it had at the
-//! source, so a
-//! migration that loses a write fails here, too.
+//! source, so a migration that loses a write fails here, too.
 
 mod codec;
 mod guest;

@@ -66,8 +66,7 @@ pub struct Advice {
 
 impl DryRun {
     /// Where things stand when the first block is to be sent, with these shares of memory and of disks to move before
-    /// the freeze,
-    /// the most accessed first.
+    /// the freeze, the most accessed first.
     pub fn situation(&self, mem_frac: f64, disk_frac: f64) -> Situation {
         let timing = SourceConfig::new(SessionId([0; 8]), Mode::Hybrid);
         let elapsed = self.costs.start.mean + NEGOTIATION * self.link.rtt;

@@ -86,21 +86,19 @@ impl Heat {
     }
 
     /// The guest is known to have read these lately (or written: not every guest can tell), `now` in seconds. Blocks
-    /// that
-    /// are new among them tell how often what was not used before comes to be used.
+    /// that are new among them tell how often what was not used before comes to be used.
     pub fn accessed(&mut self, blocks: &Blocks, content: &Blocks, now: f64) {
         if let Some(before) = self.looked.replace(now).filter(|before| *before < now) {
-            let cold = self.count(content);
-            let mut new = [vec![0; LEVELS], vec![0; LEVELS]];
-            for (region, set) in blocks.iter() {
-                let kind = index(self.shapes.kind(region));
-                let fresh = set.iter().filter(|block| self.of(region, *block) == 0);
-                new[kind][0] += fresh.count() as u64;
-            }
-            let mut only = vec![0; LEVELS];
-            only[0] = cold[index(RegionKind::Disk)][0];
-            let disks = &mut self.kinds[index(RegionKind::Disk)].rates;
-            disks.sampled(&only, &new[index(RegionKind::Disk)], now - before);
+            let disk = index(RegionKind::Disk);
+            let new = self.count(blocks)[disk][0];
+            let cold = self.count(&self.shapes.of_kind(content, RegionKind::Disk))[disk][0];
+            let only = |count| {
+                let mut levels = vec![0; LEVELS];
+                levels[0] = count;
+                levels
+            };
+            let rates = &mut self.kinds[disk].rates;
+            rates.sampled(&only(cold), &only(new), now - before);
         }
         self.read.union_with(blocks);
     }
@@ -123,14 +121,8 @@ impl Heat {
     /// A scan has found `dirty`, of blocks with content, in the `seconds` since the scan before.
     pub fn scanned(&mut self, dirty: &Blocks, content: &Blocks, seconds: f64) {
         let before = self.count(content);
-        let mut written = [vec![0; LEVELS], vec![0; LEVELS]];
-        for (region, set) in dirty.iter() {
-            let kind = index(self.shapes.kind(region));
-            for block in set {
-                // Everything that is written has content, if only since now.
-                written[kind][usize::from(self.of(region, block))] += 1;
-            }
-        }
+        // Everything that is written has content, if only since now.
+        let written = self.count(dirty);
         for (kind, heat) in self.kinds.iter_mut().enumerate() {
             heat.rates.scanned(&before[kind], &written[kind], seconds);
         }
@@ -160,12 +152,8 @@ impl Heat {
 
     /// Which of a sample of blocks were accessed.
     pub fn sampled(&mut self, sample: &AccessSample) {
-        let (mut watched, mut accessed) = (vec![0; LEVELS], vec![0; LEVELS]);
-        for block in &sample.watched {
-            let level = usize::from(self.of(sample.region, block));
-            watched[level] += 1;
-            accessed[level] += u64::from(sample.accessed.contains(block));
-        }
+        let watched = self.levels(sample.region, &sample.watched);
+        let accessed = self.levels(sample.region, &sample.accessed);
         let kind = index(self.shapes.kind(sample.region));
         let rates = &mut self.kinds[kind].rates;
         rates.sampled(&watched, &accessed, sample.seconds);
@@ -235,8 +223,7 @@ impl Heat {
     }
 
     /// Blocks of a region by level. Of a guest with millions of them this is done at every scan, so nothing is looked
-    /// up
-    /// that need not be.
+    /// up that need not be.
     fn levels(&self, region: RegionId, set: &BlockSet) -> [u64; LEVELS] {
         let mut levels = [0; LEVELS];
         let Some(bytes) = self.regions.get(usize::from(region.0)) else {

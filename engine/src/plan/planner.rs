@@ -1,6 +1,5 @@
 //! Chooses how many more rounds, when to freeze and what moves in the freeze: the plan under which the guest loses
-//! least,
-//! within the operator's limits.
+//! least, within the operator's limits.
 
 use hybridmig_transport::message::RegionKind;
 use serde::{Deserialize, Serialize};
@@ -76,32 +75,52 @@ fn cost(outcome: &Outcome) -> f64 {
 
 /// The best plan.
 pub fn choose(situation: &Situation, bounds: &Bounds) -> Choice {
-    let mut best: Option<Choice> = None;
-    let mut at = situation.clone();
-    for rounds in 0..=bounds.rounds.min(AHEAD) {
-        if rounds > 0 {
-            at = at.after_round();
-        }
-        let (frozen, outcome) = best_freeze(&at, bounds);
-        let choice = Choice {
+    look_ahead(situation, bounds, |at| best_freeze(at, bounds))
+}
+
+/// All that is stale moves in the freeze, after as many rounds as gain something: what pre-copy does, whatever the
+/// limits.
+pub fn everything(situation: &Situation, bounds: &Bounds) -> Choice {
+    let free = Bounds {
+        rounds: bounds.rounds,
+        ..Bounds::default()
+    };
+    look_ahead(situation, &free, |at| {
+        let frozen = Frozen::everything(at);
+        let outcome = at.freeze_now(&frozen);
+        (frozen, outcome)
+    })
+}
+
+/// The best number of further rounds, `freeze` telling what a freeze then would move and come to.
+fn look_ahead(
+    situation: &Situation,
+    bounds: &Bounds,
+    freeze: impl Fn(&Situation) -> (Frozen, Outcome),
+) -> Choice {
+    let choice = |rounds, at: &Situation| {
+        let (frozen, outcome) = freeze(at);
+        Choice {
             rounds,
             reached: at.clone(),
             frozen,
             outcome,
-        };
-        if best
-            .as_ref()
-            .is_none_or(|best| choice.is_better_than(best, bounds))
-        {
-            best = Some(choice);
+        }
+    };
+    let mut best = choice(0, situation);
+    let mut at = situation.clone();
+    for rounds in 1..=bounds.rounds.min(AHEAD) {
+        at = at.after_round();
+        let later = choice(rounds, &at);
+        if later.is_better_than(&best, bounds) {
+            best = later;
         }
     }
-    best.expect("freezing now is always looked at")
+    best
 }
 
 /// The best division of what is stale, if the guest is frozen as things stand. What is predicted to cost about the
-/// same is
-/// not the same: of those the plan with the fewest faults, because faults are what is known least.
+/// same is not the same: of those the plan with the fewest faults, because faults are what is known least.
 pub fn best_freeze(at: &Situation, bounds: &Bounds) -> (Frozen, Outcome) {
     let scored: Vec<(f64, Frozen, Outcome)> = candidates(at)
         .into_iter()
@@ -122,37 +141,9 @@ pub fn best_freeze(at: &Situation, bounds: &Bounds) -> (Frozen, Outcome) {
     (frozen.clone(), *outcome)
 }
 
-/// All that is stale moves in the freeze, after as many rounds as gain something: what pre-copy does.
-pub fn everything(situation: &Situation, bounds: &Bounds) -> Choice {
-    let mut at = situation.clone();
-    let mut best: Option<Choice> = None;
-    for rounds in 0..=bounds.rounds.min(AHEAD) {
-        if rounds > 0 {
-            at = at.after_round();
-        }
-        let frozen = Frozen(
-            at.kinds()
-                .map(|kind| kind.classes.iter().map(|c| c.stale).collect()),
-        );
-        let outcome = at.freeze_now(&frozen);
-        let better = best
-            .as_ref()
-            .is_none_or(|best| cost(&outcome) < cost(&best.outcome) * (1.0 - GAIN.0) - GAIN.1);
-        if better {
-            best = Some(Choice {
-                rounds,
-                reached: at.clone(),
-                frozen,
-                outcome,
-            });
-        }
-    }
-    best.expect("freezing now is always looked at")
-}
-
 /// The guest is frozen now and nothing moves in the freeze.
 pub fn nothing(situation: &Situation) -> Choice {
-    let frozen = Frozen(situation.kinds().map(|kind| vec![0.0; kind.classes.len()]));
+    let frozen = Frozen::nothing(situation);
     Choice {
         rounds: 0,
         reached: situation.clone(),

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::records;
 use crate::report::Downtime;
 
 /// A duration that varies.
@@ -124,6 +125,8 @@ const FILE: &str = "costs.json";
 /// Kinds of guests and destinations kept.
 const MAX_KINDS: usize = 64;
 const MAX_LINKS: usize = 1024;
+/// Longest file: room for all of those, and for long names.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// A link, as it was last.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -162,24 +165,13 @@ impl Remembered {
     /// comes with it.
     pub fn read(state_dir: &Path) -> (Self, Option<String>) {
         let path = state_dir.join(FILE);
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return (Self::default(), None);
-            }
-            Err(error) => {
-                return (
-                    Self::default(),
-                    Some(format!("{}: {error}", path.display())),
-                );
-            }
-        };
-        match serde_json::from_str::<Self>(&text) {
+        match records::read::<Self>(&path, MAX_BYTES) {
             Ok(mut remembered) => {
                 remembered.guests.retain(|_, costs| costs.is_sound());
                 remembered.links.retain(|_, link| link.is_sound());
                 (remembered, None)
             }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (Self::default(), None),
             Err(error) => (
                 Self::default(),
                 Some(format!("{}: {error}", path.display())),
@@ -208,16 +200,12 @@ impl Remembered {
         }
     }
 
-    /// Writes the file.
+    /// Writes the file. Another session may do the same: the last one wins, and a reader sees one or the other whole.
     ///
     /// # Errors
     /// Where it cannot be written.
     pub fn keep(&self, state_dir: &Path) -> std::io::Result<()> {
-        let path = state_dir.join(FILE);
-        // Another session may do the same: the last one wins, and a reader sees one or the other whole.
-        let new = state_dir.join(format!("{FILE}.{}", std::process::id()));
-        std::fs::write(&new, serde_json::to_vec_pretty(&self)?)?;
-        std::fs::rename(&new, &path)
+        records::write(&state_dir.join(FILE), self)
     }
 }
 

@@ -1,16 +1,14 @@
 //! The distribution of outcomes: the fluid model under drawn parameters.
 //!
-//! What is not known exactly is drawn: the bandwidth and the round trip of the link, what the steps cost, the rates of
-//! access and of writing. Faults come at random on top: their number is overdispersed (one brings others: locality,
-//! several
-//! threads), with a variance [`CLUSTERING`] times that of a Poisson variable. Draws are the same for every plan, so
-//! that two
-//! plans differ by what they are and not by luck.
+//! What is not known exactly is drawn: the bandwidth and the round trip of the link, what the steps cost, the rates
+//! of access and of writing. Faults come at random on top: their number is overdispersed (one brings others:
+//! locality, several threads), with a variance [`CLUSTERING`] times that of a Poisson variable. Draws are the same
+//! for every plan, so that two plans differ by what they are and not by luck.
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use super::fluid::{Frozen, with_stale};
+use super::fluid::Frozen;
 use super::{Cost, Interval, Outcome, Prediction, Situation};
 
 /// Draws of one prediction.
@@ -97,10 +95,8 @@ pub fn predict(
     let mut outcomes = Vec::with_capacity(DRAWS);
     for _ in 0..DRAWS {
         let (mut one, luck) = drawn(situation, &mut rng);
-        let mut left = rounds;
-        while left > 0 {
+        for _ in 0..rounds {
             one = one.after_round();
-            left -= 1;
         }
         let moved = Frozen(std::array::from_fn(|k| {
             let classes = &one.kinds()[k].classes;
@@ -156,13 +152,4 @@ fn summary(outcomes: &[Outcome]) -> Prediction {
         faults: interval(|o| o.faults),
         stall: interval(|o| o.stall),
     }
-}
-
-/// The same classes, none of them stale: for tests and plots.
-pub fn nothing_stale(situation: &Situation) -> Situation {
-    let mut calm = situation.clone();
-    for kind in [&mut calm.memory, &mut calm.disks] {
-        kind.classes = with_stale(&kind.classes, |_| 0.0);
-    }
-    calm
 }

@@ -1,21 +1,18 @@
 //! From the freeze to the last block, in expectation: a fluid model. `docs/model.md` derives the equations; the names
 //! here are those there.
 //!
-//! Missing pages m_i of class i flow away by pushing, the hottest first, and by demand. The guest touches missing pages
-//! at v·Φ per second, Φ = Σ a_i·m_i. One of c threads that touches one waits S_i: a round trip, or less if the page
-//! is to
-//! arrive by itself before. A fault brings g pages with it that would have been touched as well, and pushing
-//! after a fault feeds a guest that walks. So the guest runs at
-//! `v = κ / (Φ + κ)` with `κ = c·g/S̄ + u·μ`, and what it loses is ∫ (1 − v) dt.
+//! Missing pages m_i of class i flow away by pushing, the hottest first, and by demand. The guest touches missing
+//! pages at v·Φ per second, Φ = Σ a_i·m_i. One of c threads that touches one waits S_i: a round trip, or less if the
+//! page is to arrive by itself before. A fault brings g pages with it that would have been touched as well, and
+//! pushing after a fault feeds a guest that walks. So the guest runs at `v = κ / (Φ + κ)` with `κ = c·g/S̄ + u·μ`,
+//! and what it loses is ∫ (1 − v) dt.
 
 use hybridmig_transport::message::RegionKind;
 
 use super::{Class, KindState, Outcome, Situation};
 use crate::plan::heat::index;
+use crate::plan::with_parity;
 
-/// What parity and headers add to what moves in a freeze, without loss, and how that grows with loss: see
-/// [`crate::plan`].
-const PARITY: (f64, f64) = (0.03, 2.7);
 /// A fault's latency over the round trip: what waits before it at the bottleneck and in both hosts, in seconds.
 const SERVICE: f64 = 0.003;
 /// Bytes that the answer to a fault takes, over those of the same page when it is pushed: parity, and no batch around
@@ -33,6 +30,17 @@ const BATCH: f64 = 64.0;
 pub struct Frozen(pub [Vec<f64>; 2]);
 
 impl Frozen {
+    /// Nothing moves.
+    pub fn nothing(situation: &Situation) -> Self {
+        Self(situation.kinds().map(|kind| vec![0.0; kind.classes.len()]))
+    }
+
+    /// All that is stale moves.
+    pub fn everything(situation: &Situation) -> Self {
+        let stale = |kind: &KindState| kind.classes.iter().map(|class| class.stale).collect();
+        Self(situation.kinds().map(stale))
+    }
+
     /// Pages of this kind.
     pub fn pages(&self, kind: RegionKind) -> f64 {
         self.0[index(kind)].iter().sum()
@@ -53,8 +61,7 @@ struct PostCopy {
 impl Situation {
     /// Bytes per second that move in a freeze, parity and all.
     fn freeze_rate(&self) -> f64 {
-        let parity = PARITY.0 + PARITY.1 * self.link.loss.clamp(0.0, 0.06);
-        self.link.bandwidth.max(1.0) / (1.0 + parity)
+        self.link.bandwidth.max(1.0) / with_parity(self.link.loss)
     }
 
     /// Memory, then disks.
@@ -85,9 +92,9 @@ impl Situation {
     /// All from a freeze now on, `frozen` of what is stale moving in it and the rest staying behind.
     pub fn freeze_now(&self, frozen: &Frozen) -> Outcome {
         let downtime = self.downtime(frozen);
-        let missing = self.kinds().map(|kind| kind.classes.clone());
-        let mut missing: [Vec<f64>; 2] =
-            missing.map(|classes| classes.iter().map(|c| c.stale + c.unsent).collect());
+        let mut missing: [Vec<f64>; 2] = self
+            .kinds()
+            .map(|kind| kind.classes.iter().map(|c| c.stale + c.unsent).collect());
         for (missing, frozen) in missing.iter_mut().zip(&frozen.0) {
             for (missing, frozen) in missing.iter_mut().zip(frozen) {
                 *missing = (*missing - frozen).max(0.0);
@@ -135,9 +142,12 @@ impl Situation {
     fn post_copy(&self, mut missing: [Vec<f64>; 2]) -> PostCopy {
         let bandwidth = self.link.bandwidth.max(1.0);
         let size = self.kinds().map(|kind| kind.bytes_per_page.max(1.0));
-        let bytes: f64 = (0..2)
-            .map(|k| missing[k].iter().sum::<f64>() * size[k])
-            .sum();
+        let bytes_of = |missing: &[Vec<f64>; 2]| -> f64 {
+            let own = missing.iter().zip(size);
+            own.map(|(missing, size)| missing.iter().sum::<f64>() * size)
+                .sum()
+        };
+        let bytes = bytes_of(&missing);
         let mut post = PostCopy {
             bytes,
             ..PostCopy::default()
@@ -150,9 +160,7 @@ impl Situation {
         // Share of the link that pushing in order gets: answers and what comes with them go first.
         let mut share = 1.0;
         for _ in 0..STEPS.1 {
-            let left: f64 = (0..2)
-                .map(|k| missing[k].iter().sum::<f64>() * size[k])
-                .sum();
+            let left = bytes_of(&missing);
             if left < least {
                 break;
             }
@@ -234,20 +242,19 @@ impl Situation {
         };
         let useless = (window * density - useful).max(0.0);
         let brings = 1.0 + useful;
-        let walk = kind.spread.walk * bandwidth / size;
-        let served = kind.parallelism.max(1.0) * brings / stall + walk;
+        let walk = kind.spread.walk;
+        let served = kind.parallelism.max(1.0) * brings / stall + walk * bandwidth / size;
         // Nor can more come than the link carries, as answers and with what comes along for nothing.
         let answers = brings / (brings * ANSWER + useless);
-        let walk_share = kind.spread.walk;
-        let carried = bandwidth / size * (walk_share + (1.0 - walk_share) * answers);
+        let carried = bandwidth / size * (walk + (1.0 - walk) * answers);
         // Who walks needs what comes next in order, and loses nothing to chance.
         let in_order = (served / demand).min(1.0);
         let by_chance = served / (demand + served);
-        let speed = walk_share * in_order + (1.0 - walk_share) * by_chance;
+        let speed = walk * in_order + (1.0 - walk) * by_chance;
         let speed = speed.min(carried / demand);
         Flow {
             speed,
-            faults: speed * demand / (brings + kind.spread.walk * BATCH),
+            faults: speed * demand / (brings + walk * BATCH),
             stall,
             useless,
         }
@@ -293,15 +300,14 @@ pub fn candidates(situation: &Situation) -> Vec<Frozen> {
         }
     }
     order.sort_by(|a, b| b.2.total_cmp(&a.2));
-    let none = || kinds.map(|kind| vec![0.0; kind.classes.len()]);
-    let mut taken = none();
-    let mut all = vec![Frozen(taken.clone())];
+    let mut taken = Frozen::nothing(situation);
+    let mut all = vec![taken.clone()];
     for (k, i, _) in order {
         let stale = kinds[k].classes[i].stale;
         // A class in halves: the first is as good as the second, and there may be room for one.
         for share in [0.5, 1.0] {
-            taken[k][i] = stale * share;
-            all.push(Frozen(taken.clone()));
+            taken.0[k][i] = stale * share;
+            all.push(taken.clone());
         }
     }
     all

@@ -3,9 +3,7 @@
 use super::Situation;
 use super::fluid::with_stale;
 
-/// Share of a round's bytes that are still on their way when it ends does not matter for what the guest writes; the
-/// round
-/// trip until the end is seen does.
+/// Round trips that a round takes beside its bytes: until its end is seen.
 const CLOSING: f64 = 0.5;
 
 impl Situation {
@@ -23,8 +21,7 @@ impl Situation {
     /// The situation after one more round, or after what is left of the one under way.
     ///
     /// Pages that were current become stale by being written. Pages that were stale are sent once; those sent early
-    /// can be
-    /// written again. Where the round is long enough for scans within it, what was written goes last.
+    /// can be written again. Where the round is long enough for scans within it, what was written goes last.
     #[must_use]
     pub fn after_round(&self) -> Self {
         let seconds = self.round_seconds();

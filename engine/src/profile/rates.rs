@@ -169,8 +169,7 @@ impl Rates {
     }
 
     /// What the bits themselves say, as if a few blocks had been seen over a usual interval: one short interval
-    /// without a write
-    /// must not make a hot level cold.
+    /// without a write must not make a hot level cold.
     fn prior(&self, guess: f64) -> Count {
         let seconds = self.interval.max(1e-3);
         Count {

@@ -27,15 +27,16 @@ impl SourceMachine {
             let (memory, disks) = self.divide(&rest);
             plan::split_as_planned(rest, &self.heat, memory, disks)
         } else {
-            plan::split_at_freeze(
+            let split = plan::split_at_freeze(
                 &self.config.limits(),
                 &self.shares(),
                 rest,
                 &self.heat,
                 &self.pace(),
-            )
+            );
+            self.divided(&split.freeze, &split.behind);
+            split
         };
-        self.divided(&freeze, &behind);
         self.figures.freeze_set = freeze.len();
         self.figures.freeze_set_disk = self.shapes.on_disks(&freeze);
         self.freeze_pending = freeze;

@@ -62,8 +62,7 @@ pub(super) fn saving(now: Duration, batch: &OnTheWay, path: &Path) -> Duration {
 }
 
 /// When a block that was left to come by itself must be known to be there: its batch has arrived, a lost packet of it
-/// has come
-/// again, and the word of it is back.
+/// has come again, and the word of it is back.
 pub(super) fn deadline(now: Duration, arrival: Duration, path: &Path) -> Duration {
     arrival.max(now) + path.rtt.mul_f64(REPAIR + 0.5)
 }

@@ -1,6 +1,6 @@
 //! Where the machine stands, as the predictor wants to know it, and what the planner makes of it. In hybrid mode the
-//! planner decides,
-//! unless the operator has named shares or wants the simple rule (`observe`); in all modes it predicts.
+//! planner decides, unless the operator has named shares or wants the simple rule (`observe`); in all modes it
+//! predicts.
 
 use std::time::Duration;
 
@@ -24,8 +24,7 @@ const RTT_CV: f64 = 0.05;
 /// Time between two looks at the plan in post-copy.
 const REPLAN: Duration = Duration::from_secs(1);
 /// Rounds in a row that gained nothing, after which none is made any more, whatever is predicted of it; and what a
-/// round
-/// must have gained, as a share.
+/// round must have gained, as a share.
 const UNPAYING: u32 = 2;
 const GAINED: f64 = 0.1;
 /// A freeze that costs no more than this times one without any block is as good as one can be.
@@ -235,33 +234,41 @@ impl SourceMachine {
             .fold(Tally::default(), |sum, set| sum.plus(&self.heat.tally(set)))
     }
 
+    /// Where things stand before the freeze.
+    fn here(&self, now: Duration) -> Situation {
+        self.situation(now, &self.stale(), &self.heat.tally(&self.unsent))
+    }
+
     /// The plan as things stand while the guest runs here: whether to freeze now. Keeps the first one.
     pub(super) fn look(&mut self, now: Duration) -> bool {
-        let situation = self.situation(now, &self.stale(), &self.heat.tally(&self.unsent));
+        let mut situation = self.here(now);
+        self.look_at(now, &mut situation)
+    }
+
+    /// The same of a situation, which changes if more of the disks is to move.
+    fn look_at(&mut self, now: Duration, situation: &mut Situation) -> bool {
         let bounds = self.bounds();
-        let choice = match self.config.mode {
-            Mode::Hybrid => choose(&situation, &bounds),
-            Mode::Precopy => everything(&situation, &bounds),
-            Mode::Postcopy => nothing(&situation),
+        let mut choice = match self.config.mode {
+            Mode::Hybrid => choose(situation, &bounds),
+            Mode::Precopy => everything(situation, &bounds),
+            Mode::Postcopy => nothing(situation),
         };
-        if self.planned() && all_of_the_disks(&situation, &choice, &bounds) {
+        if self.planned() && all_of_the_disks(situation, &choice, &bounds) {
             let unsent = std::mem::take(&mut self.unsent);
             self.pending.union_with(&unsent);
-            return self.look(now);
+            *situation = self.here(now);
+            choice = choose(situation, &bounds);
         }
         let known =
             self.heat.rates(RegionKind::Memory).scans() >= SCANS || !self.figures.rounds.is_empty();
         if known && self.planning.report.at_start.is_none() {
-            self.first_plan(&situation, &choice, &bounds);
+            self.first_plan(situation, &choice, &bounds);
         }
+        let missing = situation.kinds().map(|kind| kind.stale() + kind.unsent());
         self.revise(Revision {
             at: now.as_secs_f64(),
             rounds: Some(choice.rounds),
-            missing: situation
-                .kinds()
-                .iter()
-                .map(|kind| kind.stale() + kind.unsent())
-                .sum(),
+            missing: missing.iter().sum(),
             total: choice.outcome.total,
             lost_work: choice.outcome.lost_work,
         });
@@ -277,13 +284,13 @@ impl SourceMachine {
 
     /// A round has ended: whether to freeze. What it came to is held against what was expected of it.
     pub(super) fn look_after_round(&mut self, now: Duration) -> bool {
-        let situation = self.situation(now, &self.stale(), &self.heat.tally(&self.unsent));
+        let mut situation = self.here(now);
         let bounds = self.bounds();
-        let stale = situation.memory.stale();
         let cost = best_freeze(&situation, &bounds).1.lost_work;
         if let Some((before, expected)) = self.planning.round.take() {
-            let off = (stale / expected.max(1.0)).clamp(0.25, 4.0);
+            let off = (situation.memory.stale() / expected.max(1.0)).clamp(0.25, 4.0);
             self.planning.rewriting = (self.planning.rewriting * off.sqrt()).clamp(0.25, 4.0);
+            situation.rewriting = self.planning.rewriting;
             let gained = cost < (1.0 - GAINED) * before;
             self.planning.unpaying = if gained {
                 0
@@ -292,15 +299,12 @@ impl SourceMachine {
             };
         }
         // As long as rounds gain, one more is made, whatever is predicted of it: what was seen counts for more.
-        let least = situation.downtime(&nothing(&situation).frozen);
+        let least = situation.downtime(&Frozen::nothing(&situation));
         let gains = self.planning.unpaying == 0 && bounds.rounds > 0 && bounds.max_total.is_none();
         let may_freeze = !gains || cost <= NEAR_LEAST * least;
-        let freeze = (self.look(now) && may_freeze) || self.planning.unpaying >= UNPAYING;
-        let after = self
-            .situation(now, &self.stale(), &Tally::default())
-            .after_round();
-        self.planning.round = Some((cost, after.memory.stale()));
-        freeze
+        let freeze = self.look_at(now, &mut situation);
+        self.planning.round = Some((cost, situation.after_round().memory.stale()));
+        (freeze && may_freeze) || self.planning.unpaying >= UNPAYING
     }
 
     fn first_plan(&mut self, situation: &Situation, choice: &Choice, bounds: &Bounds) {
@@ -338,34 +342,31 @@ impl SourceMachine {
         revisions.push(revision);
     }
 
-    /// The guest stands still: how many pages of memory and of disks are to move in the freeze.
-    pub(super) fn divide(&self, rest: &Rest) -> (u64, u64) {
+    /// The guest stands still: how many pages of memory and of disks are to move in the freeze. Remembers it for
+    /// [`Self::predict_freeze`].
+    pub(super) fn divide(&mut self, rest: &Rest) -> (u64, u64) {
         let at = self.figures.milestones.freeze.unwrap_or_default();
-        let stale = self.heat.tally(&rest.stale);
-        let unsent = self.heat.tally(&rest.unsent);
+        let (stale, unsent) = (self.heat.tally(&rest.stale), self.heat.tally(&rest.unsent));
         let situation = self.situation(at, &stale, &unsent);
         let (frozen, _) = best_freeze(&situation, &self.bounds());
         let pages = |kind| frozen.pages(kind).round() as u64;
-        (pages(RegionKind::Memory), pages(RegionKind::Disk))
+        let amounts = (pages(RegionKind::Memory), pages(RegionKind::Disk));
+        self.planning.frozen = Some((situation, frozen));
+        amounts
     }
 
-    /// What moves in the freeze is decided: remembers it for [`Self::predict_freeze`].
+    /// The same where somebody else has divided.
     pub(super) fn divided(&mut self, freeze: &Blocks, behind: &Blocks) {
         let at = self.figures.milestones.freeze.unwrap_or_default();
         let moved = self.heat.tally(freeze);
         let stale = self.heat.tally(behind).plus(&moved);
         let situation = self.situation(at, &stale, &Tally::default());
-        let frozen = situation.kinds().map(|kind| kind.classes.len());
-        let mut by_class: [Vec<f64>; 2] = frozen.map(|len| vec![0.0; len]);
-        for (kind, by_class) in by_class.iter_mut().enumerate() {
-            *by_class = situation.kinds()[kind].by_class(&moved.0[kind]);
-        }
+        let by_class = std::array::from_fn(|kind| situation.kinds()[kind].by_class(&moved.0[kind]));
         self.planning.frozen = Some((situation, Frozen(by_class)));
     }
 
     /// The distribution of what the freeze comes to, from what was known at it. Costs some milliseconds, so not while
-    /// the
-    /// guest stands still.
+    /// the guest stands still.
     pub(super) fn predict_freeze(&mut self, now: Duration) {
         let Some((mut situation, frozen)) = self.planning.frozen.take() else {
             return;
@@ -391,8 +392,7 @@ impl SourceMachine {
     }
 
     /// A look at the plan after the freeze: what the guest asked for shows which levels it uses, and the order of
-    /// pushing
-    /// follows.
+    /// pushing follows.
     pub(super) fn look_again(&mut self, now: Duration) {
         if now < self.planning.next || !self.planned() {
             return;
