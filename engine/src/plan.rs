@@ -41,11 +41,6 @@ pub use order::{PushOrder, take_range};
 pub const FIXED_COST: Duration = Duration::from_millis(40);
 /// Scans of a guest that stands still: one before its state is saved, one after.
 const SCANS: u32 = 2;
-/// Parity of what moves in the freeze, as a share of it: without loss, and how it grows with loss.
-const PARITY: f64 = 0.03;
-const PARITY_OF_LOSS: f64 = 2.7;
-/// Loss beyond which parity does not grow.
-const MAX_LOSS: f64 = 0.06;
 /// Share of the downtime target that moving blocks may always use.
 pub const FLOOR_SHARE: f64 = 0.1;
 /// A round does not pay when the dirty rate reaches this share of the send rate.
@@ -82,21 +77,16 @@ pub struct Pace {
     pub send_rate: f64,
     /// Smoothed round-trip time.
     pub rtt: Duration,
-    /// Share of packets lost, 0 to 1.
-    pub loss: f64,
+    /// What parity adds to the bytes of a freeze, as a share.
+    pub parity: f64,
     /// What a scan takes.
     pub scan: Duration,
-}
-
-/// What a byte that moves in a freeze takes of the link, parity included, at this loss, 0 to 1.
-pub(crate) fn with_parity(loss: f64) -> f64 {
-    1.0 + PARITY + PARITY_OF_LOSS * loss.clamp(0.0, MAX_LOSS)
 }
 
 impl Pace {
     /// Blocks per second that move in a freeze, parity and all.
     pub(crate) fn freeze_rate(&self) -> f64 {
-        self.send_rate.max(1e-3) / with_parity(self.loss)
+        self.send_rate.max(1e-3) / (1.0 + self.parity)
     }
 
     /// The downtime of a freeze without blocks.

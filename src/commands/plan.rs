@@ -14,6 +14,7 @@ use hybridmig_engine::predict::costs::{LinkSeen, Remembered};
 use hybridmig_engine::profile::Profile;
 use hybridmig_engine::session::io::SourceOutcome;
 use hybridmig_engine::session::source::{GuestUse, SourceConfig};
+use hybridmig_transport::link::repair;
 use hybridmig_transport::message::{Mode, SessionId};
 
 use super::check::ask;
@@ -159,7 +160,7 @@ fn link(
         bandwidth_cv,
         rtt,
         rtt_cv: RTT_CV,
-        loss,
+        parity: repair::plan::share(loss, 1.0),
     };
     Ok((link, notes))
 }

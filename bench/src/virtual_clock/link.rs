@@ -9,6 +9,7 @@ use std::time::Duration;
 use hybridmig_engine::session::io::Lane;
 use hybridmig_netem::DirectionSpec;
 use hybridmig_netem::model::Path;
+use hybridmig_transport::link::repair::plan::share;
 
 use super::seconds;
 
@@ -21,8 +22,7 @@ const QUEUE: Duration = Duration::from_millis(2);
 const FIRST_WINDOW: f64 = 40_000.0;
 /// Round trips until a loss is known.
 const NOTICED: f64 = 1.125;
-/// Parity of what a guest or the handover waits for, as a share of its packets, and at least so many.
-const PARITY: f64 = 0.24;
+/// Packets of parity that what a guest or the handover waits for has at least.
 const LEAST_PARITY: usize = 2;
 /// Bytes of bulk that QUIC takes beyond two windows.
 const BULK_AHEAD: f64 = (1 << 20) as f64;
@@ -63,6 +63,9 @@ pub struct Direction {
     /// Round trip with the other direction.
     rtt: Duration,
     loss: f64,
+    burst: f64,
+    /// Parity of what a guest or the handover waits for, as a share.
+    parity: f64,
     queues: [VecDeque<u64>; 4],
     cargo: BTreeMap<u64, Cargo>,
     /// Lost packets, by when that is known.
@@ -80,14 +83,17 @@ impl Direction {
     /// An idle one.
     pub fn new(spec: &DirectionSpec, seed: u64) -> Self {
         let wire = spec.rate.map_or(UNLIMITED, |bits| bits as f64 / 8.0);
-        let (way, least) = probe(spec, wire, seed);
+        let Probed { way, least, burst } = probe(spec, wire, seed);
+        let loss = spec.loss.mean();
         Self {
             path: Path::new(spec, seed),
             wire,
             way,
             least,
             rtt: 2 * way,
-            loss: spec.loss.mean(),
+            loss,
+            burst,
+            parity: share(loss, burst),
             queues: Default::default(),
             cargo: BTreeMap::new(),
             again: BinaryHeap::new(),
@@ -127,6 +133,11 @@ impl Direction {
         self.loss
     }
 
+    /// Packets that are lost together.
+    pub fn burst(&self) -> f64 {
+        self.burst
+    }
+
     /// Whether QUIC takes more bulk.
     pub fn has_room(&self) -> bool {
         self.unsent_bulk < 2.0 * self.wire * self.rtt.as_secs_f64() + BULK_AHEAD
@@ -137,7 +148,7 @@ impl Direction {
         let bytes = (bytes as usize).max(1);
         let needed = bytes.div_ceil(PACKET);
         let spare = if guarded {
-            ((needed as f64 * PARITY) as usize).max(LEAST_PARITY)
+            ((needed as f64 * self.parity) as usize).max(LEAST_PARITY)
         } else {
             0
         };
@@ -240,21 +251,36 @@ impl Direction {
 }
 
 /// Mean and shortest time on the way of packets that do not wait for each other.
-fn probe(spec: &DirectionSpec, wire: f64, seed: u64) -> (Duration, Duration) {
+struct Probed {
+    way: Duration,
+    least: Duration,
+    burst: f64,
+}
+
+fn probe(spec: &DirectionSpec, wire: f64, seed: u64) -> Probed {
     let mut path = Path::new(spec, seed ^ 0x9e37);
     let bytes = PACKET + HEADERS;
     let gap = seconds(bytes as f64 / wire);
     let (mut now, mut sum, mut count, mut least) =
         (Duration::ZERO, Duration::ZERO, 0, Duration::MAX);
+    let (mut lost, mut bursts, mut lost_before) = (0u32, 0, false);
     for _ in 0..PROBES {
         now += gap;
         if let Ok(fate) = path.admit(now, bytes, 0) {
             let took = fate.due.saturating_sub(now);
             (sum, count, least) = (sum + took, count + 1, least.min(took));
+            lost_before = false;
+        } else {
+            lost += 1;
+            bursts += u32::from(!lost_before);
+            lost_before = true;
         }
     }
-    if count == 0 {
-        return (spec.delay, spec.delay);
-    }
-    (sum / count, least)
+    let burst = f64::from(lost) / f64::from(bursts.max(1));
+    let (way, least) = if count == 0 {
+        (spec.delay, spec.delay)
+    } else {
+        (sum / count, least)
+    };
+    Probed { way, least, burst }
 }

@@ -457,6 +457,7 @@ impl World {
                     min_rtt,
                     bandwidth: self.links[0].bandwidth(),
                     loss: self.links[0].loss(),
+                    loss_burst: self.links[0].burst(),
                     ..LinkFigures::default()
                 };
                 self.source.handle(self.now, SourceInput::Link(figures));

@@ -16,8 +16,6 @@ const NEGOTIATION: f64 = 3.0;
 pub const SHARES: [f64; 11] = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0];
 /// Bytes on the wire of a page where nobody has looked at the contents: it is taken not to shrink.
 const PAGE_BYTES: f64 = 4112.0;
-/// Of the bytes of a page, what a difference to its older version takes: assumed.
-const AGAIN: f64 = 0.85;
 
 /// A guest, a link and limits: what a dry run is made of.
 #[derive(Clone, Debug)]
@@ -140,7 +138,7 @@ impl DryRun {
         KindState {
             bytes_per_page: (bytes / pages).max(1.0),
             bytes_stale: (bytes / pages).max(1.0),
-            bytes_again: (AGAIN * bytes / pages).max(1.0),
+            bytes_again: (bytes / pages).max(1.0),
             spread: Spread {
                 near: spread.near / pages,
                 walk: spread.walk / pages,
@@ -277,7 +275,7 @@ mod tests {
                 bandwidth_cv: 0.1,
                 rtt: 0.1,
                 rtt_cv: 0.05,
-                loss: 0.0,
+                parity: 0.03,
             },
             costs: Costs::assumed("workload"),
             bounds: Bounds {

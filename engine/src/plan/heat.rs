@@ -12,8 +12,6 @@ use crate::regions::Regions;
 const STEP: f64 = 0.25;
 /// Weight of a new interval in what is known of how used blocks lie.
 const SPREAD_WEIGHT: f64 = 0.4;
-/// A share of blocks above which their places say nothing about walks.
-const CROWDED: f64 = 0.5;
 
 /// How recently and how often each block was written: one byte per block, its **level**, one bit per scan, the
 /// newest on top. History older than eight scans is forgotten. A block that was only read lately has level
@@ -23,6 +21,8 @@ const CROWDED: f64 = 0.5;
 pub struct Heat {
     regions: Vec<Vec<u8>>,
     read: Blocks,
+    /// What the last scan has found.
+    last: Blocks,
     /// When reads were told of last, in seconds.
     looked: Option<f64>,
     /// Seconds since the levels were moved on.
@@ -35,8 +35,8 @@ pub struct Heat {
 #[derive(Debug, Default)]
 struct KindHeat {
     rates: Rates,
-    spread: Spread,
-    spread_known: bool,
+    /// How near each other used blocks lie, and how much of that is walks, where it was seen: see [`Spread`].
+    spread: (Option<f64>, Option<f64>),
 }
 
 /// Pages by level, of memory and of disks.
@@ -78,6 +78,7 @@ impl Heat {
         Self {
             regions: regions.iter().map(|r| vec![0; r.blocks as usize]).collect(),
             read: Blocks::new(),
+            last: Blocks::new(),
             looked: None,
             since: 0.0,
             shapes: Regions::new(regions.to_vec()),
@@ -146,8 +147,9 @@ impl Heat {
                 }
             }
             let heat = &mut self.kinds[index(self.shapes.kind(region))];
-            heat.lies(set, bytes.len() as u32);
+            heat.lies(set, self.last.get(region), bytes.len() as u32);
         }
+        self.last.clone_from(dirty);
     }
 
     /// Which of a sample of blocks were accessed.
@@ -260,7 +262,11 @@ impl Heat {
 
     /// How what is used of this kind lies.
     pub fn spread(&self, kind: RegionKind) -> Spread {
-        self.kinds[index(kind)].spread
+        let (near, walk) = self.kinds[index(kind)].spread;
+        Spread {
+            near: near.unwrap_or_default(),
+            walk: walk.unwrap_or_default(),
+        }
     }
 
     /// Every level with its rates, `pages` those of a tally; the most accessed first.
@@ -335,19 +341,18 @@ impl Heat {
 
 impl KindHeat {
     /// These were used in one interval.
-    fn lies(&mut self, used: &BlockSet, blocks: u32) {
-        let Some(seen) = spread(used, blocks) else {
+    fn lies(&mut self, used: &BlockSet, before: Option<&BlockSet>, blocks: u32) {
+        let Some(seen) = spread(used, before, blocks) else {
             return;
         };
-        let crowded = used.len() as f64 > CROWDED * f64::from(blocks);
-        if !self.spread_known {
-            self.spread = seen;
-            self.spread_known = true;
-        }
-        let near = SPREAD_WEIGHT * (seen.near - self.spread.near);
-        self.spread.near += near;
-        if !crowded {
-            self.spread.walk += SPREAD_WEIGHT * (seen.walk - self.spread.walk);
+        let known = &mut self.spread;
+        let take = |known: &mut Option<f64>, seen: f64| {
+            let before = known.unwrap_or(seen);
+            *known = Some(before + SPREAD_WEIGHT * (seen - before));
+        };
+        take(&mut known.0, seen.near);
+        if let Some(walk) = seen.walk {
+            take(&mut known.1, walk);
         }
     }
 }

@@ -35,7 +35,7 @@ fn limits(mode: Mode) -> Limits {
 const PACE: Pace = Pace {
     send_rate: 1000.0,
     rtt: Duration::from_millis(50),
-    loss: 0.0,
+    parity: 0.03,
     scan: Duration::from_millis(5),
 };
 
@@ -111,7 +111,16 @@ fn what_fits_leaves_room_for_delay_and_fixed_costs() {
     let target = Duration::from_millis(300);
     assert_eq!(fits(target, &PACE), 218);
     // Loss costs its parity, not a round trip.
-    assert_eq!(fits(target, &Pace { loss: 0.03, ..PACE }), 203);
+    assert_eq!(
+        fits(
+            target,
+            &Pace {
+                parity: 0.11,
+                ..PACE
+            }
+        ),
+        203
+    );
     // Whoever scans slowly has less time for blocks.
     let scan = Duration::from_millis(50);
     assert_eq!(fits(target, &Pace { scan, ..PACE }), 131);

@@ -74,8 +74,8 @@ pub struct LinkState {
     pub rtt: f64,
     /// Relative standard deviation of that.
     pub rtt_cv: f64,
-    /// Share of packets lost.
-    pub loss: f64,
+    /// What parity adds to the bytes of a freeze, as a share.
+    pub parity: f64,
 }
 
 /// Everything that a prediction is made of.

@@ -41,7 +41,7 @@ pub(crate) fn situation(classes: &[(f64, f64, f64, f64)]) -> Situation {
             bandwidth_cv: 0.05,
             rtt: 0.1,
             rtt_cv: 0.02,
-            loss: 0.0,
+            parity: 0.03,
         },
         costs: Costs::assumed("workload"),
         prefetch: 0.0,

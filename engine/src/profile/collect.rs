@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use hybridmig_transport::message::{RegionInfo, RegionKind};
 
 use super::file::{DiskRates, Saved};
-use super::spread::{Spread, spread};
+use super::spread::{Seen, Spread, spread};
 use super::windows::Windows;
 use super::{PROFILE_VERSION, Profile, RegionProfile, contents, map};
 use crate::blocks::{BlockSet, Blocks};
@@ -86,7 +86,9 @@ struct Watch<'a> {
     step_length: f64,
     /// Per region.
     windows: Vec<Windows>,
-    spreads: Vec<Vec<Spread>>,
+    spreads: Vec<Vec<Seen>>,
+    /// What the last scan has found.
+    last: Blocks,
     begun: Instant,
     scans: u32,
     /// Seconds that scans took.
@@ -113,6 +115,7 @@ impl<'a> Watch<'a> {
             heat: Heat::new(&regions),
             windows: vec![Windows::new(); regions.len()],
             spreads: vec![Vec::new(); regions.len()],
+            last: Blocks::new(),
             step: (Blocks::new(), 0.0),
             step_length: (time.as_secs_f64() / 8.0).clamp(STEP.0, STEP.1),
             begun: Instant::now(),
@@ -168,8 +171,9 @@ impl<'a> Watch<'a> {
             let none = BlockSet::new();
             let written = dirty.get(info.id).unwrap_or(&none);
             self.windows[index].scanned(written, seconds);
-            self.spreads[index].extend(spread(written, info.blocks));
+            self.spreads[index].extend(spread(written, self.last.get(info.id), info.blocks));
         }
+        self.last.clone_from(dirty);
         self.content.union_with(dirty);
         self.step.0.union_with(dirty);
         self.step.1 += seconds;
@@ -287,7 +291,7 @@ impl Watched<'_> {
             heat: map::runs(levels, info.blocks),
             classes,
             distinct,
-            spread: mean(&watch.spreads[index]),
+            spread: Spread::mean(&watch.spreads[index]),
         }
     }
 
@@ -307,15 +311,4 @@ impl Watched<'_> {
         }
         notes
     }
-}
-
-/// Of the scans that found enough to tell.
-fn mean(spreads: &[Spread]) -> Spread {
-    let count = spreads.len() as f64;
-    let mut mean = Spread::default();
-    for spread in spreads {
-        mean.near += spread.near / count;
-        mean.walk += spread.walk / count;
-    }
-    mean
 }

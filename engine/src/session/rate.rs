@@ -3,18 +3,24 @@
 
 use std::time::Duration;
 
+use hybridmig_transport::link::repair::plan::share;
+
 use super::io::LinkFigures;
 
 /// Assumed before anything was measured, in bytes/s.
 const ASSUMED_BANDWIDTH: f64 = 10e6;
 /// Assumed before anything was measured: a page and its header, uncompressed.
 const ASSUMED_PAGE: f64 = 4112.0;
-/// Of the bytes of a page, what a difference to its older version takes: assumed before one was sent.
-const AGAIN: f64 = 0.85;
 /// Shortest interval that makes a sample.
 const SAMPLE: Duration = Duration::from_millis(100);
 /// Weight of a new sample in the smoothed rate.
 const RATE_WEIGHT: f64 = 0.3;
+/// Seconds after which a sample weighs a third of a new one in the mean.
+const FADING: f64 = 10.0;
+/// Seconds of samples that the transport's estimate weighs as much as.
+const TRUSTED: f64 = 0.5;
+/// Of what the transport takes the link to carry, what batches get: the rest are headers and acknowledgements.
+const GOODPUT: f64 = 0.95;
 /// Weight of a chunk in the smoothed size of a page, per 64 pages.
 const PAGE_WEIGHT: f64 = 0.05;
 
@@ -22,7 +28,11 @@ const PAGE_WEIGHT: f64 = 0.05;
 #[derive(Debug)]
 pub(crate) struct Estimator {
     link: LinkFigures,
+    /// See [`Self::parity`].
+    parity: f64,
     rate: Option<f64>,
+    /// What the samples of the rate come to, older ones fading: bytes and seconds.
+    carried: (f64, f64),
     /// Of memory, and of disks.
     bytes_per_page: [f64; 2],
     /// Of memory and of disks: sent in full, and sent again as a difference to what was sent before. Assumed until
@@ -43,7 +53,9 @@ impl Estimator {
     pub(crate) fn new() -> Self {
         Self {
             link: LinkFigures::default(),
+            parity: share(0.0, 1.0),
             rate: None,
+            carried: (0.0, 0.0),
             bytes_per_page: [ASSUMED_PAGE; 2],
             full: [None; 2],
             sampled: [None; 2],
@@ -53,7 +65,16 @@ impl Estimator {
     }
 
     pub(crate) fn link(&mut self, figures: LinkFigures) {
+        let of = |figures: &LinkFigures| (figures.loss, figures.loss_burst);
+        if of(&figures) != of(&self.link) {
+            self.parity = share(figures.loss, figures.loss_burst);
+        }
         self.link = figures;
+    }
+
+    /// What parity adds to the bytes of a freeze, as a share.
+    pub(crate) fn parity(&self) -> f64 {
+        self.parity
     }
 
     pub(crate) fn link_figures(&self) -> LinkFigures {
@@ -101,12 +122,12 @@ impl Estimator {
         known.unwrap_or(ASSUMED_PAGE).max(1.0)
     }
 
-    /// Bytes of a page of which the destination has an older version.
+    /// Bytes of a page of which the destination has an older version. Until some were sent, as those that went in
+    /// full did: what a difference saves is not to be counted on before it was seen.
     pub(crate) fn page_again(&self, disk: bool) -> f64 {
-        let assumed = || AGAIN * self.full_page(disk);
-        self.again[usize::from(disk)]
-            .unwrap_or_else(assumed)
-            .max(1.0)
+        let disk = usize::from(disk);
+        let known = self.again[disk].or(self.full[disk]);
+        known.unwrap_or_else(|| self.full_page(disk == 1)).max(1.0)
     }
 
     /// `bytes` were acknowledged as applied. A sample spans only time in which something was in
@@ -124,6 +145,9 @@ impl Estimator {
                         None => sample,
                         Some(rate) => rate + RATE_WEIGHT * (sample - rate),
                     });
+                    let fading = (-elapsed.as_secs_f64() / FADING).exp();
+                    self.carried.0 = fading * self.carried.0 + window.bytes as f64;
+                    self.carried.1 = fading * self.carried.1 + elapsed.as_secs_f64();
                     self.window = None;
                 }
             }
@@ -152,9 +176,23 @@ impl Estimator {
         }
     }
 
-    /// Whether the rate has been measured.
-    pub(crate) fn is_measured(&self) -> bool {
-        self.rate.is_some()
+    /// What the link will carry over seconds to come, in bytes per second of batches: the mean of what it carried
+    /// lately, and where that was little, the transport's estimate.
+    pub(crate) fn steady(&self) -> f64 {
+        let (bytes, seconds) = self.carried;
+        if self.link.bandwidth <= 0.0 {
+            return if seconds > 0.0 {
+                bytes / seconds
+            } else {
+                ASSUMED_BANDWIDTH
+            };
+        }
+        (bytes + GOODPUT * self.link.bandwidth * TRUSTED) / (seconds + TRUSTED)
+    }
+
+    /// Seconds of sending that [`Self::steady`] is the mean of.
+    pub(crate) fn measured_for(&self) -> f64 {
+        self.carried.1
     }
 
     /// The most that the link may carry: what the bound on bytes in flight is made from, so that a

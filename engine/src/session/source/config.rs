@@ -64,6 +64,9 @@ pub struct SourceConfig {
     pub software: String,
 }
 
+/// The first scans come sooner, after these shares of the usual time: a guest that writes most of its memory within a
+/// second shows only in less than that how fast it does, and whether it walks.
+pub const FIRST_SCANS: [f64; 2] = [0.1, 0.4];
 /// One in so many parts of a round may go to scans.
 pub const SCAN_SHARE: u32 = 20;
 

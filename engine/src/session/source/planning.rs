@@ -17,8 +17,10 @@ use crate::predict::{DISK_PARALLELISM, DISK_WEIGHT, KindState, LinkState, Situat
 use crate::profile::AccessSample;
 use crate::profile::rates::LEVELS;
 
-/// How sure the measured rate of the link is, and what was only assumed, as relative standard deviations.
+/// How sure the rate of the link is after long measuring, and before any, as relative standard deviations; and the
+/// seconds of measuring that half of the way takes.
 const BANDWIDTH_CV: (f64, f64) = (0.06, 0.35);
+const HALF_SURE: f64 = 0.5;
 /// The same of the round trip.
 const RTT_CV: f64 = 0.05;
 /// Time between two looks at the plan in post-copy.
@@ -27,6 +29,11 @@ const REPLAN: Duration = Duration::from_secs(1);
 /// round must have gained, as a share.
 const UNPAYING: u32 = 2;
 const GAINED: f64 = 0.1;
+/// What a freeze in the middle of a round must gain over one at its end, as a share.
+const GAINED_MIDWAY: f64 = 0.2;
+/// A round that is expected to leave so much of what is stale as stale as before does not count: the guest outruns the
+/// link.
+const USELESS: f64 = 0.9;
 /// A freeze that costs no more than this times one without any block is as good as one can be.
 const NEAR_LEAST: f64 = 1.3;
 /// Scans that must have been made before the plan counts as the first one, unless the first pass is over.
@@ -162,8 +169,12 @@ impl SourceMachine {
             );
             let fresh = self.fresh(kind) / stale.pages(kind).max(1.0);
             let fresh = fresh.clamp(0.0, 1.0);
+            // What was written is often heavier than what was not.
+            let stale_full = fresh * full + (1.0 - fresh) * again.max(full);
+            let unsent_share =
+                unsent.pages(kind) / (stale.pages(kind) + unsent.pages(kind)).max(1.0);
             KindState {
-                bytes_per_page: full,
+                bytes_per_page: unsent_share * full + (1.0 - unsent_share) * stale_full,
                 bytes_stale: fresh * full + (1.0 - fresh) * again,
                 bytes_again: again,
                 spread: self.heat.spread(kind),
@@ -172,7 +183,6 @@ impl SourceMachine {
         };
         let link = self.link_figures();
         let tracked = self.figures.milestones.tracking.unwrap_or(at);
-        let measured = self.estimator.is_measured();
         Situation {
             memory: KindState {
                 parallelism: f64::from(guest.parallelism.max(1)),
@@ -185,15 +195,11 @@ impl SourceMachine {
                 ..kind(RegionKind::Disk)
             },
             link: LinkState {
-                bandwidth: self.estimator.bandwidth(),
-                bandwidth_cv: if measured {
-                    BANDWIDTH_CV.0
-                } else {
-                    BANDWIDTH_CV.1
-                },
+                bandwidth: self.estimator.steady(),
+                bandwidth_cv: bandwidth_cv(self.estimator.measured_for()),
                 rtt: link.rtt.as_secs_f64(),
                 rtt_cv: RTT_CV,
-                loss: link.loss,
+                parity: self.estimator.parity(),
             },
             costs: self.config.costs,
             prefetch: f64::from(self.config.prefetch),
@@ -243,6 +249,22 @@ impl SourceMachine {
     pub(super) fn look(&mut self, now: Duration) -> bool {
         let mut situation = self.here(now);
         self.look_at(now, &mut situation)
+    }
+
+    /// The same in the middle of a round. What is left of it would move while the guest runs and loses nothing, so not
+    /// to wait for that must gain more than predictions err.
+    pub(super) fn look_midway(&mut self, now: Duration) -> bool {
+        let mut situation = self.here(now);
+        if !self.look_at(now, &mut situation)
+            || self.heat.rates(RegionKind::Memory).scans() <= SCANS
+        {
+            return false;
+        }
+        let bounds = self.bounds();
+        let lost = |at: &Situation| best_freeze(at, &bounds).1.lost_work;
+        let after = situation.after_round();
+        let useless = after.memory.stale() > USELESS * situation.memory.stale();
+        useless || lost(&situation) < (1.0 - GAINED_MIDWAY) * lost(&after)
     }
 
     /// The same of a situation, which changes if more of the disks is to move.
@@ -373,7 +395,7 @@ impl SourceMachine {
         };
         if self.figures.rounds.is_empty() {
             // Nothing had been sent before the freeze: what the link carries and what pages take is known by now.
-            situation.link.bandwidth = self.estimator.bandwidth();
+            situation.link.bandwidth = self.estimator.steady();
             situation.memory.bytes_per_page = self.estimator.full_page(false);
             situation.disks.bytes_per_page = self.estimator.full_page(true);
         }
@@ -433,6 +455,11 @@ impl SourceMachine {
             *count += 1;
         }
     }
+}
+
+fn bandwidth_cv(measured_for: f64) -> f64 {
+    let (least, most) = BANDWIDTH_CV;
+    least + (most - least) * HALF_SURE / (HALF_SURE + measured_for)
 }
 
 /// Whether the guest loses less if what was not used of its disks goes before the freeze, too.

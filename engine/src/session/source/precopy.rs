@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::config::SCAN_SHARE;
+use super::config::{FIRST_SCANS, SCAN_SHARE};
 use super::{ChunkBody, ChunkKind, Lane, RoundReport, RoundStart, SourceMachine, State};
 use crate::blocks::{BlockSet, Blocks, RegionId};
 use crate::plan::{self, Midway, Pace, RoundFigures, Share, Shares, Verdict};
@@ -131,10 +131,12 @@ impl SourceMachine {
 
     /// Whether the round is long enough for a scan within it: now, and until its end.
     pub(super) fn scan_is_due(&self, now: Duration) -> bool {
-        let interval = self
-            .config
-            .scan_interval
-            .max(self.scan_takes.saturating_mul(SCAN_SHARE));
+        let usual = self.config.scan_interval;
+        let made = self.heat.rates(RegionKind::Memory).scans() as usize;
+        let wanted = FIRST_SCANS
+            .get(made)
+            .map_or(usual, |share| usual.mul_f64(*share));
+        let interval = wanted.max(self.scan_takes.saturating_mul(SCAN_SHARE));
         !self.scanning
             && now >= self.last_scan.saturating_add(interval)
             && self.left_seconds() > interval.as_secs_f64() / 2.0
@@ -150,7 +152,7 @@ impl SourceMachine {
         Pace {
             send_rate: self.estimator.pages_per_second(),
             rtt: self.estimator.rtt(),
-            loss: self.estimator.link_figures().loss,
+            parity: self.estimator.parity(),
             scan: self.scan_takes,
         }
     }
@@ -212,7 +214,7 @@ impl SourceMachine {
         // A share that the operator named is sent whatever comes of it.
         let may_freeze = self.config.mode == Mode::Hybrid && !self.config.has_share();
         let freeze = if self.planned() {
-            self.look(now)
+            self.look_midway(now)
         } else {
             self.first_look(now);
             may_freeze && !midway.pays()

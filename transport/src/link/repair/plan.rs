@@ -1,6 +1,8 @@
 //! How much parity a stream needs: from the loss of the path and from how it clusters. A pure function
 //! of numbers.
 
+use std::time::Duration;
+
 use super::wire::{MAX_EXTRA, PIECE, data_pieces};
 use crate::link::urgent::plan::{Chain, Path};
 
@@ -32,13 +34,26 @@ pub fn parity(len: usize, packet: usize, path: &Path) -> usize {
     lacking(lost).min(data + MAX_EXTRA)
 }
 
+/// What parity adds to the bytes of a freeze set, as a share, on a path that loses this share of its packets in
+/// bursts of so many; 0 bursts count as independent losses. For whoever wants to know before sending.
+pub fn share(loss: f64, burst: f64) -> f64 {
+    const STREAM: usize = 128 << 10;
+    const PACKET: usize = 1400;
+    let path = Path {
+        srtt: Duration::ZERO,
+        loss: loss.clamp(0.0, 1.0),
+        burst: burst.max(1.0),
+        packet_gap: Duration::ZERO,
+    };
+    (parity(STREAM, PACKET, &path) * PIECE) as f64 / STREAM as f64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     /// Parity of a stream of this length, as a share of it.
-    fn share(len: usize, loss: f64, burst: f64) -> f64 {
+    fn share_of(len: usize, loss: f64, burst: f64) -> f64 {
         let path = Path {
             srtt: Duration::from_millis(100),
             loss,
@@ -57,16 +72,24 @@ mod tests {
             (0.012, 4.0, 0.1..0.25),
             (0.5, 1.0, 0.2..0.25),
         ] {
-            let share = share(256 << 10, loss, burst);
+            let share = share_of(256 << 10, loss, burst);
             assert!(expected.contains(&share), "{share} at {loss}, {burst}");
         }
+    }
+
+    #[test]
+    fn a_share_can_be_told_beforehand() {
+        assert!(share(0.0, 0.0) < 0.03, "{}", share(0.0, 0.0));
+        assert!((share(0.012, 1.0) - share_of(128 << 10, 0.012, 1.0)).abs() < 1e-9);
+        assert!(share(0.02, 2.5) > 2.0 * share(0.02, 1.0));
+        assert!(share(1.0, 100.0) < 0.3);
     }
 
     #[test]
     fn a_short_stream_is_repeated() {
         for (len, loss, expected) in [(1, 0.012, 1), (30, 0.04, 2), (300, 0.012, 2), (300, 0.5, 6)]
         {
-            let pieces = share(len, loss, 1.0) * len as f64 / PIECE as f64;
+            let pieces = share_of(len, loss, 1.0) * len as f64 / PIECE as f64;
             assert_eq!(pieces.round() as usize, expected, "{len} at {loss}");
         }
     }
