@@ -16,15 +16,15 @@ use crate::show_profile;
 
 /// Watches the guest, or loads what was saved; shows it and saves it.
 pub fn run(args: ProfileArgs) -> anyhow::Result<ExitCode> {
-    let saved = match &args.of.load {
-        Some(path) => file::load(path)?,
-        None => {
-            let named = SourceGuestArgs {
-                qmp: args.of.qmp.clone(),
-                workload: args.of.workload.clone(),
-            };
-            watch_all(&*open(&named, args.disks.choice())?, args.seconds, false)?
-        }
+    let saved = if let Some(path) = &args.of.load {
+        file::load(path)?
+    } else {
+        let named = SourceGuestArgs {
+            qmp: args.of.qmp.clone(),
+            workload: args.of.workload.clone(),
+        };
+        let guest = open(&named, args.disks.choice())?;
+        watch_all(&*guest, args.seconds, false)?
     };
     if let Some(path) = &args.json {
         write_text(&file::to_json(&saved)?, path)?;

@@ -19,8 +19,8 @@ const ACCESS_SPREAD: f64 = 0.4;
 const WRITE_SPREAD: f64 = 0.15;
 /// Variance of the number of faults over that of a Poisson variable.
 const CLUSTERING: f64 = 4.0;
-/// What the model itself errs by, where all that it is told is right, as relative standard deviations: of a downtime, of
-/// the time after it, of bytes. From simulations of the embedded guest (`bench virtual`).
+/// What the model itself errs by, where all that it is told is right, as relative standard deviations: of a downtime,
+/// of the time after it, of bytes. From simulations of the embedded guest (`bench virtual`).
 const MODEL: (f64, f64, f64) = (0.11, 0.25, 0.02);
 
 /// A standard normal variable (Box and Muller, 1958).
