@@ -70,6 +70,15 @@ bench-plan: setup bench-build ## judge the planner against fixed shares and pure
 	$(TARGET_DIR)/release/bench grid default --fresh
 	$(TARGET_DIR)/release/bench grid default --report docs/bench/plan
 
+.PHONY: bench-programs
+bench-programs: setup bench-build ## move guests with redis, sqlite and a compiler, beside QEMU, as root: 45 minutes
+	$(TARGET_DIR)/release/bench run programs --fresh
+	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/programs.jsonl \
+		--made-by 'make bench-programs' --out docs/bench/programs
+	$(TARGET_DIR)/release/bench run programs-disk --fresh
+	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/programs-disk.jsonl \
+		--made-by 'make bench-programs' --out docs/bench/programs-disk
+
 .PHONY: bench-virtual
 bench-virtual: setup bench-build ## the same under a virtual clock, 36 plans a cell: 5 minutes
 	$(TARGET_DIR)/release/bench virtual default --out $(TARGET_DIR)/bench/virtual.jsonl

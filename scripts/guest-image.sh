@@ -97,7 +97,7 @@ initramfs() {
     cp "$root/tests/guest/init" "$tree/init"
     chmod 755 "$tree/init" "$tree/bin/busybox"
     local checker
-    for checker in memcheck diskcheck; do
+    for checker in memcheck diskcheck realwork; do
         "${RUSTC:-rustc}" --edition 2024 -O -C target-feature=+crt-static -C strip=symbols \
             -C panic=abort -o "$tree/bin/$checker" "$root/tests/guest/$checker.rs"
     done

@@ -9,7 +9,7 @@ set -euo pipefail
 
 RUST_MINIMUM=1.88
 BUILD_PACKAGES=(build-essential pkg-config libclang-dev ca-certificates)
-TEST_PACKAGES=(qemu-system-x86 qemu-utils libnbd-bin busybox-static cpio iproute2)
+TEST_PACKAGES=(qemu-system-x86 qemu-utils libnbd-bin busybox-static cpio iproute2 e2fsprogs)
 # Not installed, only taken apart: the kernel of the test guest.
 KERNEL=linux-image-cloud-amd64
 

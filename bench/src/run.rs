@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use hybridmig_tests::console::Who;
 use hybridmig_tests::transcript::Transcript;
 use hybridmig_tests::{Console, Vm, VmConfig, console, vm};
 use serde_json::Value;
@@ -62,10 +63,14 @@ pub fn run(order: &Order<'_>) -> Result<Record> {
     if let Some(control) = order.engine.congestion() {
         link.set_congestion(control)?;
     }
-    let disk = order.cell.guest.disk.as_ref();
-    let images = disk
-        .map(|disk| Images::make(disk, order.seed))
-        .transpose()?;
+    let guest = &order.cell.guest;
+    let of_work = guest.work.as_ref().and_then(|work| work.disk_mib);
+    let images = match (&guest.disk, of_work) {
+        (Some(disk), _) => Some(Images::make(disk, order.seed)?),
+        (None, Some(mib)) => Some(Images::file_system(mib)?),
+        (None, None) => None,
+    };
+    let who = guest.who();
     let start = |side, config: &VmConfig| Vm::start_with(config, |qemu| link.place(side, qemu));
     let mut source = start(Side::Source, &config(order, images.as_ref(), Side::Source))?;
     let twin = config(order, images.as_ref(), Side::Destination).incoming("destination");
@@ -81,13 +86,13 @@ pub fn run(order: &Order<'_>) -> Result<Record> {
     let watched = watch(order, &mut stage)?;
     let tcp = link.tcp()?;
     let consoles = [source.console(), destination.console()];
-    let life_so_far = life(consoles, watched.start);
+    let life_so_far = life(consoles, who, watched.start);
     let from = life_so_far.partition_point(|sample| sample.at < -order.times.before_s);
     let end = (watched.end - watched.start).as_secs_f64();
     let moved = watched.outcome == Outcome::Moved;
     let measured = measure(&life_so_far[from..], end, moved);
     let mut outcome = watched.outcome;
-    let checked = check(consoles, watched.start, &mut outcome);
+    let checked = check(consoles, who, watched.start, &mut outcome);
     // It may serve pages to the very end.
     drop(watched.migration);
     let measured = match measured {
@@ -161,7 +166,11 @@ fn blank(order: &Order<'_>) -> Result<Record> {
         link_facts: LinkFacts::of(&order.cell.link),
         guest: guest.clone(),
         dirty_mb_s: order.cell.dirty_mb_s,
-        told_speed: (order.cell.dirty_mb_s + guest.sweep_mb_s) * 1e6 / vm::PAGE as f64,
+        // What a program can do nobody tells it.
+        told_speed: match guest.work {
+            Some(_) => 0.0,
+            None => (order.cell.dirty_mb_s + guest.sweep_mb_s) * 1e6 / vm::PAGE as f64,
+        },
         engine: order.engine.name(),
         repetition: order.repetition,
         attempt: order.attempt,
@@ -193,6 +202,9 @@ fn unix_time() -> Result<f64> {
 fn config(order: &Order<'_>, images: Option<&Images>, side: Side) -> VmConfig {
     let guest = &order.cell.guest;
     let of_disk = images.map_or_else(String::new, Images::kernel_arguments);
+    let of_work = guest.work.as_ref().map_or_else(String::new, |work| {
+        work.kernel_arguments(guest.tick_ms, order.seed)
+    });
     VmConfig {
         name: "source".to_owned(),
         memory_mib: guest.memory_mib,
@@ -201,11 +213,12 @@ fn config(order: &Order<'_>, images: Option<&Images>, side: Side) -> VmConfig {
         dirty_rate: order.cell.dirty_mb_s,
         hot_percent: guest.hot_percent,
         kernel_arguments: format!(
-            "memcheck.random={} memcheck.sweep={} memcheck.tick={} memcheck.seed={} {of_disk}",
+            "memcheck.random={} memcheck.sweep={} memcheck.tick={} memcheck.seed={} {of_disk} {of_work}",
             guest.random_percent, guest.sweep_mb_s, guest.tick_ms, order.seed
         ),
         qemu_arguments: images.map_or_else(Vec::new, |images| images.qemu_arguments(side)),
         qemu: order.qemu.to_owned(),
+        programs: guest.work.is_some(),
         ..VmConfig::default()
     }
 }
@@ -213,7 +226,7 @@ fn config(order: &Order<'_>, images: Option<&Images>, side: Side) -> VmConfig {
 /// Waits until the guest ticks.
 fn settle(order: &Order<'_>, source: &Vm) -> Result<()> {
     let deadline = Instant::now() + BOOT;
-    while source.console().ticks().len() < SETTLED {
+    while source.console().ticks_of(order.cell.guest.who()).len() < SETTLED {
         order.interrupt.check()?;
         let died = source.console().died();
         ensure!(
@@ -343,11 +356,16 @@ fn latencies(
 }
 
 /// The guest's ticks on both consoles, in the order of its life.
-fn life(consoles: [&Console; 2], start: Instant) -> Vec<Sample> {
+fn life(consoles: [&Console; 2], who: Who, start: Instant) -> Vec<Sample> {
     let mut samples: Vec<_> = consoles
         .into_iter()
         .zip([Side::Source, Side::Destination])
-        .flat_map(|(console, side)| console.ticks().into_iter().map(move |tick| (tick, side)))
+        .flat_map(|(console, side)| {
+            console
+                .ticks_of(who)
+                .into_iter()
+                .map(move |tick| (tick, side))
+        })
         .map(|(tick, side)| Sample {
             at: seconds_since(start, tick.at),
             guest_ms: tick.guest_ms,
@@ -373,7 +391,12 @@ fn seam([source, destination]: [&Transcript; 2], moved: bool) -> [String; 2] {
 }
 
 /// Has the guest verify its memory where it runs; what is wrong with it becomes the outcome.
-fn check(consoles: [&Console; 2], start: Instant, outcome: &mut Outcome) -> Option<Checked> {
+fn check(
+    consoles: [&Console; 2],
+    who: Who,
+    start: Instant,
+    outcome: &mut Outcome,
+) -> Option<Checked> {
     let patience = match outcome {
         Outcome::Moved => VERIFY,
         _ => VERIFY_ELSE,
@@ -384,7 +407,19 @@ fn check(consoles: [&Console; 2], start: Instant, outcome: &mut Outcome) -> Opti
         _ => usize::from(!consoles[1].ticks().is_empty()),
     };
     let verified = consoles[side].verify(patience);
-    let one_life = one_life(&life(consoles, start));
+    let one_life = [Who::Checker, who]
+        .into_iter()
+        .try_for_each(|who| one_life(&life(consoles, who, start)));
+    let answers = consoles
+        .into_iter()
+        .flat_map(|console| console.ticks_of(who));
+    let wrong = answers.map(|tick| tick.bad).max().unwrap_or_default();
+    if who == Who::Work && wrong > 0 {
+        fail(
+            outcome,
+            format!("the program in the guest was given {wrong} wrong answers"),
+        );
+    }
     if let Err(error) = &one_life {
         fail(outcome, error.to_string());
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use hybridmig_netem::LinkSpec;
+use hybridmig_tests::console::Who;
 use hybridmig_tests::guest::layout::Layout;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,11 @@ pub const EMBEDDED: &[(&str, &str)] = &[
     ("writers", include_str!("../scenarios/writers.toml")),
     ("full", include_str!("../scenarios/full.toml")),
     ("storage", include_str!("../scenarios/storage.toml")),
+    ("programs", include_str!("../scenarios/programs.toml")),
+    (
+        "programs-disk",
+        include_str!("../scenarios/programs-disk.toml"),
+    ),
 ];
 
 /// A scenario.
@@ -106,6 +112,77 @@ pub struct Guest {
     /// A disk that moves with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
+    /// A real program that works in it: its speed is the guest's, and the memory checker only checks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub work: Option<Work>,
+}
+
+impl Guest {
+    /// Whether a disk moves with it.
+    pub fn has_disk(&self) -> bool {
+        let of_work = self.work.as_ref().and_then(|work| work.disk_mib);
+        self.disk.is_some() || of_work.is_some()
+    }
+
+    /// Whose ticks its speed is taken from.
+    pub fn who(&self) -> Who {
+        match self.work {
+            Some(_) => Who::Work,
+            None => Who::Checker,
+        }
+    }
+}
+
+/// A real program, and what it does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Work {
+    /// Which.
+    pub program: Program,
+    /// MiB of values of 1 KiB that it keeps; a compiler keeps none.
+    #[serde(default)]
+    pub mib: u64,
+    /// Per cent of its operations that write one; 80 % of all use a tenth of the values.
+    #[serde(default)]
+    pub writes_percent: u32,
+    /// MiB of a disk with a file system for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mib: Option<u64>,
+}
+
+/// Programs that can be had from Debian (`scripts/guest-programs.sh`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Program {
+    /// A redis server and one client.
+    Redis,
+    /// An sqlite database on the disk: every write is a transaction that reaches it.
+    Sqlite,
+    /// A C compiler (tcc): one process for each of 200 small files, again and again.
+    Compile,
+}
+
+impl Program {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Redis => "redis",
+            Self::Sqlite => "sqlite",
+            Self::Compile => "compile",
+        }
+    }
+}
+
+impl Work {
+    /// Words for the guest's kernel command line.
+    pub fn kernel_arguments(&self, tick_ms: u64, seed: u64) -> String {
+        format!(
+            "realwork.program={} realwork.mb={} realwork.writes={} realwork.tick={tick_ms} realwork.seed={seed}",
+            self.program.name(),
+            self.mib,
+            self.writes_percent
+        )
+    }
 }
 
 /// A guest's disk, full of contents that do not compress well, of which the guest uses a part.
@@ -246,6 +323,20 @@ impl Scenario {
                 "guest '{}': without sweep, ticks or pages nothing can be measured",
                 guest.name
             );
+            let work = guest.work.as_ref();
+            ensure!(
+                work.is_none_or(|work| (work.program == Program::Sqlite)
+                    == work.disk_mib.is_some_and(|mib| mib >= work.mib * 4)
+                    && (work.mib > 0 || work.program == Program::Compile)),
+                "guest '{}': redis and sqlite keep some MiB of values, and sqlite, only that, a disk of four times \
+                 as many",
+                guest.name
+            );
+            ensure!(
+                guest.disk.is_none() || work.is_none(),
+                "guest '{}': one disk, either checked or a program's",
+                guest.name
+            );
             if let Some(disk) = &guest.disk {
                 ensure!(
                     disk.layout().is_some_and(|layout| layout.blocks > 0)
@@ -272,7 +363,7 @@ impl Scenario {
 
     /// Fails unless every engine exists, and moves disks where a guest has one.
     pub fn check_engines(&self) -> Result<()> {
-        let disks = self.guests.iter().any(|guest| guest.disk.is_some());
+        let disks = self.guests.iter().any(Guest::has_disk);
         for name in &self.engines {
             ensure!(
                 engine::by_name(name)?.moves_disks() || !disks,

@@ -12,7 +12,26 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::transcript::{Line, Mark, Transcript};
 
 /// What a guest says when it is beyond help.
-const FATAL: &[&str] = &["Kernel panic", "Oops:", "BUG:", "panicked at"];
+const FATAL: &[&str] = &["Kernel panic", "Oops:", "BUG:", "panicked at", "WORKFAIL"];
+
+/// Who in the guest ticks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// The memory checker.
+    Checker,
+    /// What has a real program work (`tests/guest/realwork.rs`): its operations are the program's, wrong answers count as
+    /// bad.
+    Work,
+}
+
+impl Who {
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Checker => "TICK ",
+            Self::Work => "WORK ",
+        }
+    }
+}
 
 /// One tick of the checker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,9 +47,9 @@ pub struct Tick {
 }
 
 impl Tick {
-    fn parse(line: &Line) -> Option<Self> {
+    fn parse(line: &Line, of: Who) -> Option<Self> {
         // A line that was torn between the consoles of two hosts, or by a kernel message, is none.
-        let mut words = line.text.strip_prefix("TICK ")?.split(' ');
+        let mut words = line.text.strip_prefix(of.prefix())?.split(' ');
         let tick = Self {
             at: line.at,
             guest_ms: words.next()?.parse().ok()?,
@@ -130,13 +149,16 @@ impl Console {
         lines.into_iter().find(fatal).map(|line| line.text)
     }
 
-    /// All ticks so far.
+    /// All ticks of the checker so far.
     pub fn ticks(&self) -> Vec<Tick> {
-        self.transcript
-            .lines()
-            .iter()
-            .filter_map(Tick::parse)
-            .collect()
+        self.ticks_of(Who::Checker)
+    }
+
+    /// All ticks so far.
+    pub fn ticks_of(&self, who: Who) -> Vec<Tick> {
+        let lines = self.transcript.lines();
+        let ticks = lines.iter().filter_map(|line| Tick::parse(line, who));
+        ticks.collect()
     }
 }
 
@@ -202,7 +224,7 @@ mod tests {
             at: Instant::now(),
             text: text.to_owned(),
         };
-        Tick::parse(&line).map(|tick| (tick.guest_ms, tick.operations, tick.bad))
+        Tick::parse(&line, Who::Checker).map(|tick| (tick.guest_ms, tick.operations, tick.bad))
     }
 
     #[test]

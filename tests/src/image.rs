@@ -21,15 +21,25 @@ pub struct Image {
 /// processes may ask at the same time.
 pub fn image() -> Result<Image> {
     static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
-    let image = IMAGE.get_or_init(|| build().map_err(|error| format!("{error:#}")));
+    let image = IMAGE
+        .get_or_init(|| build("guest-image.sh", "initramfs").map_err(|error| format!("{error:#}")));
     image.clone().map_err(|error| anyhow!(error))
 }
 
-fn build() -> Result<Image> {
+/// The same with real programs in it, those of `scripts/guest-programs.sh`.
+pub fn image_with_programs() -> Result<Image> {
+    static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
+    let image = IMAGE.get_or_init(|| {
+        build("guest-programs.sh", "initramfs-programs").map_err(|error| format!("{error:#}"))
+    });
+    image.clone().map_err(|error| anyhow!(error))
+}
+
+fn build(script: &str, initramfs: &str) -> Result<Image> {
     let profile = profile_dir()?;
     let target = profile.parent().context("a profile is within a target")?;
     let directory = target.join("guest-image");
-    let script = source_root().join("scripts/guest-image.sh");
+    let script = source_root().join("scripts").join(script);
     let output = Command::new(&script)
         .arg(&directory)
         .output()
@@ -43,6 +53,6 @@ fn build() -> Result<Image> {
     );
     Ok(Image {
         kernel: directory.join("vmlinuz"),
-        initramfs: directory.join("initramfs"),
+        initramfs: directory.join(initramfs),
     })
 }

@@ -17,7 +17,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tempfile::TempDir;
 
 use crate::console::{Console, Verified};
-use crate::image::image;
+use crate::image::{image, image_with_programs};
 use crate::keeper::Kept;
 use crate::qmp::Qmp;
 
@@ -44,6 +44,8 @@ pub struct VmConfig {
     pub hot_percent: u32,
     /// More words for the kernel command line.
     pub kernel_arguments: String,
+    /// Whether its image has real programs.
+    pub programs: bool,
     /// Whether it waits for a migration (`-incoming defer`) instead of booting.
     pub incoming: bool,
     /// The QEMU to run.
@@ -64,6 +66,7 @@ impl Default for VmConfig {
             dirty_rate: 8.0,
             hot_percent: 100,
             kernel_arguments: String::new(),
+            programs: false,
             incoming: false,
             qemu: "qemu-system-x86_64".into(),
             machine: "q35".to_owned(),
@@ -85,7 +88,11 @@ impl VmConfig {
 
     /// The whole command line, with RAM at `ram` and sockets at [`Sockets::within`] `directory`.
     pub fn command_line(&self, directory: &Path, ram: &Path) -> Result<Vec<OsString>> {
-        let image = image()?;
+        let image = if self.programs {
+            image_with_programs()?
+        } else {
+            image()?
+        };
         let sockets = Sockets::within(directory);
         let socket = |path: &Path| format!("path={},server=on,wait=off", path.display());
         // A busy host may be too late for the kernel's test of its timer, which ends in a panic.

@@ -232,15 +232,34 @@ fn behind(text: &mut String, results: &Results<'_>) {
     text.push_str("\n\n");
 }
 
+/// What the guest does.
+fn does(any: &Record) -> String {
+    let checks = format!(
+        "dirties {} MB/s and verifies {} MB/s",
+        any.dirty_mb_s, any.guest.sweep_mb_s
+    );
+    match &any.guest.work {
+        None => format!("the guest {checks}"),
+        Some(work) if work.mib == 0 => {
+            format!("{} in the guest; its checker {checks}", work.program.name())
+        }
+        Some(work) => format!(
+            "{} in the guest, with {} MiB of values, {} % of its operations write; its checker {checks}",
+            work.program.name(),
+            work.mib,
+            work.writes_percent
+        ),
+    }
+}
+
 fn table(text: &mut String, cell: &Cell<'_>, plots: &[(String, String)]) {
     let any = cell.any;
     let _ = write!(
         text,
-        "### {}\n\n`{}`; the guest dirties {} MB/s and verifies {} MB/s.\n\n",
+        "### {}\n\n`{}`; {}.\n\n",
         cell.title(),
         any.link,
-        any.dirty_mb_s,
-        any.guest.sweep_mb_s
+        does(any)
     );
     text.push_str(
         "| engine | moved | downtime s | | lost work s | | from the freeze s | destination up s | total s | \

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use hybridmig_tests::guest::layout::{Layout, base};
@@ -26,8 +27,16 @@ pub const NODE: &str = "disk";
 /// Two raw images: the source's is full, the destination's a hole of the same length. They go when this is dropped.
 pub struct Images {
     folder: TempDir,
-    disk: Disk,
-    layout: Layout,
+    bytes: u64,
+    used: Used,
+}
+
+/// How the guest uses its disk.
+enum Used {
+    /// Block by block, each of them known.
+    Blocks { disk: Disk, layout: Layout },
+    /// As a file system.
+    FileSystem,
 }
 
 /// Both images after the migration.
@@ -49,6 +58,39 @@ impl Images {
         let layout = disk
             .layout()
             .context("the disk has no room for its blocks")?;
+        let images = Self::empty(
+            disk.bytes(),
+            Used::Blocks {
+                disk: disk.clone(),
+                layout,
+            },
+        )?;
+        let path = images.path(Side::Source);
+        let opened = File::options().write(true).open(&path);
+        let filled = opened.and_then(|mut file| fill(disk, &layout, &mut file, seed));
+        filled.with_context(|| format!("cannot fill {}", path.display()))?;
+        Ok(images)
+    }
+
+    /// Makes them with an empty file system (ext4) of so many MiB.
+    pub fn file_system(mib: u64) -> Result<Self> {
+        let images = Self::empty(mib << 20, Used::FileSystem)?;
+        let path = images.path(Side::Source);
+        let made = Command::new("/sbin/mke2fs")
+            .args(["-q", "-F", "-t", "ext4", "-b", "4096"])
+            .arg(&path)
+            .output()
+            .context("cannot run /sbin/mke2fs; is e2fsprogs installed?")?;
+        ensure!(
+            made.status.success(),
+            "mke2fs {}: {}",
+            path.display(),
+            String::from_utf8_lossy(&made.stderr)
+        );
+        Ok(images)
+    }
+
+    fn empty(bytes: u64, used: Used) -> Result<Self> {
         let profile = profile_dir()?;
         let target = profile.parent().context("a profile is within a target")?;
         let folder = tempfile::Builder::new()
@@ -57,19 +99,13 @@ impl Images {
             .with_context(|| format!("no folder for images in {}", target.display()))?;
         let images = Self {
             folder,
-            disk: disk.clone(),
-            layout,
+            bytes,
+            used,
         };
         for side in [Side::Source, Side::Destination] {
             let path = images.path(side);
-            let made = File::create(&path).and_then(|mut file| {
-                file.set_len(disk.bytes())?;
-                if side == Side::Source {
-                    images.fill(&mut file, seed)?;
-                }
-                Ok(())
-            });
-            made.with_context(|| format!("cannot fill {}", path.display()))?;
+            let made = File::create(&path).and_then(|file| file.set_len(bytes));
+            made.with_context(|| format!("cannot make {}", path.display()))?;
         }
         Ok(images)
     }
@@ -102,7 +138,9 @@ impl Images {
 
     /// Words for the guest's kernel command line.
     pub fn kernel_arguments(&self) -> String {
-        let disk = &self.disk;
+        let Used::Blocks { disk, .. } = &self.used else {
+            return String::new();
+        };
         format!(
             "diskcheck.dev={NAME} diskcheck.mb={} diskcheck.run={} diskcheck.random={} diskcheck.reads={} \
              diskcheck.rate={} diskcheck.workers={}",
@@ -113,40 +151,6 @@ impl Images {
             disk.write_mb_s,
             disk.threads
         )
-    }
-
-    /// Contents, brought to the disk and forgotten, so that the guest's first reads come from there.
-    fn fill(&self, file: &mut File, seed: u64) -> io::Result<()> {
-        let mut random = SmallRng::seed_from_u64(seed);
-        let share = PAGE * self.disk.random_percent as usize / 100;
-        let mut piece = vec![0; PIECE];
-        let mut number = 0_u64;
-        for _ in 0..self.disk.bytes() / PIECE as u64 {
-            for block in piece.chunks_exact_mut(PAGE) {
-                number += 1;
-                block.fill(number as u8 | 1);
-                random.fill_bytes(&mut block[..share]);
-            }
-            file.write_all(&piece)?;
-        }
-        for block in 0..self.layout.blocks {
-            let mut page = Page([0; WORDS]);
-            self.contents(block, 1).write(&mut page);
-            let words = page.0.iter().flat_map(|word| word.to_le_bytes());
-            let bytes: Vec<u8> = words.collect();
-            file.write_all_at(&bytes, self.layout.offset(block))?;
-        }
-        file.sync_all()?;
-        posix_fadvise(&*file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
-        Ok(())
-    }
-
-    fn contents(&self, block: u64, generation: u64) -> Contents {
-        Contents {
-            page: base(NAME) | block,
-            generation,
-            random: WORDS * self.disk.random_percent as usize / 100,
-        }
     }
 
     /// Compares the images. Both guests must have ended: the source's image then is what the guest left, and the
@@ -165,21 +169,34 @@ impl Images {
             here_bytes == there_bytes,
             "the images have {here_bytes} and {there_bytes} bytes"
         );
-        let mut hot: Vec<u64> = (0..self.layout.blocks).collect();
-        hot.sort_by_key(|block| self.layout.offset(*block));
+        match &self.used {
+            Used::Blocks { disk, layout } => self.compare_blocks(disk, layout, &here, &there),
+            Used::FileSystem => self.check_file_system(),
+        }
+    }
+
+    fn compare_blocks(
+        &self,
+        disk: &Disk,
+        layout: &Layout,
+        here: &File,
+        there: &File,
+    ) -> Result<Compared> {
+        let mut hot: Vec<u64> = (0..layout.blocks).collect();
+        hot.sort_by_key(|block| layout.offset(*block));
         let mut hot = hot.into_iter().peekable();
         let mut compared = Compared::default();
         let (mut a, mut b) = (vec![0; PIECE], vec![0; PIECE]);
-        for at in (0..here_bytes).step_by(PIECE) {
-            read(&here, &mut a, at, &self.path(Side::Source))?;
-            read(&there, &mut b, at, &self.path(Side::Destination))?;
+        for at in (0..self.bytes).step_by(PIECE) {
+            read(here, &mut a, at, &self.path(Side::Source))?;
+            read(there, &mut b, at, &self.path(Side::Destination))?;
             for (index, (a, b)) in a.chunks_exact(PAGE).zip(b.chunks_exact(PAGE)).enumerate() {
                 compared.blocks += 1;
                 let offset = at + (index * PAGE) as u64;
-                match hot.next_if(|block| self.layout.offset(*block) == offset) {
+                match hot.next_if(|block| layout.offset(*block) == offset) {
                     None => compared.differing += u64::from(a != b),
                     Some(block) => {
-                        let (left, has) = (self.generation(block, a), self.generation(block, b));
+                        let (left, has) = (generation(disk, block, a), generation(disk, block, b));
                         let right = matches!((left, has), (Some(left), Some(has)) if has >= left);
                         compared.broken += u64::from(!right);
                     }
@@ -189,19 +206,71 @@ impl Images {
         Ok(compared)
     }
 
-    /// The generation of a block that is whole and where it belongs.
-    fn generation(&self, block: u64, bytes: &[u8]) -> Option<u64> {
-        let mut page = Page([0; WORDS]);
-        for (word, bytes) in page.0.iter_mut().zip(bytes.chunks_exact(8)) {
-            *word = u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
-        }
-        let generation = page.0[1];
-        let contents = self.contents(block, generation);
-        contents
-            .first_difference(&page)
-            .is_none()
-            .then_some(generation)
+    /// A guest that was killed leaves a journal to be replayed, and nothing else to be mended: `broken` is 1 if there
+    /// is. What files hold the program in the guest has checked itself.
+    fn check_file_system(&self) -> Result<Compared> {
+        let path = self.path(Side::Destination);
+        let checked = Command::new("/sbin/e2fsck")
+            .arg("-fp")
+            .arg(&path)
+            .output()
+            .context("cannot run /sbin/e2fsck; is e2fsprogs installed?")?;
+        // 1: errors corrected, which the journal's replay counts as.
+        let sound = checked.status.code().is_some_and(|code| code <= 1);
+        Ok(Compared {
+            blocks: self.bytes / PAGE as u64,
+            differing: 0,
+            broken: u64::from(!sound),
+        })
     }
+}
+
+/// Contents, brought to the disk and forgotten, so that the guest's first reads come from there.
+fn fill(disk: &Disk, layout: &Layout, file: &mut File, seed: u64) -> io::Result<()> {
+    let mut random = SmallRng::seed_from_u64(seed);
+    let share = PAGE * disk.random_percent as usize / 100;
+    let mut piece = vec![0; PIECE];
+    let mut number = 0_u64;
+    for _ in 0..disk.bytes() / PIECE as u64 {
+        for block in piece.chunks_exact_mut(PAGE) {
+            number += 1;
+            block.fill(number as u8 | 1);
+            random.fill_bytes(&mut block[..share]);
+        }
+        file.write_all(&piece)?;
+    }
+    for block in 0..layout.blocks {
+        let mut page = Page([0; WORDS]);
+        contents(disk, block, 1).write(&mut page);
+        let words = page.0.iter().flat_map(|word| word.to_le_bytes());
+        let bytes: Vec<u8> = words.collect();
+        file.write_all_at(&bytes, layout.offset(block))?;
+    }
+    file.sync_all()?;
+    posix_fadvise(&*file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+    Ok(())
+}
+
+fn contents(disk: &Disk, block: u64, generation: u64) -> Contents {
+    Contents {
+        page: base(NAME) | block,
+        generation,
+        random: WORDS * disk.random_percent as usize / 100,
+    }
+}
+
+/// The generation of a block that is whole and where it belongs.
+fn generation(disk: &Disk, block: u64, bytes: &[u8]) -> Option<u64> {
+    let mut page = Page([0; WORDS]);
+    for (word, bytes) in page.0.iter_mut().zip(bytes.chunks_exact(8)) {
+        *word = u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
+    }
+    let generation = page.0[1];
+    let expected = contents(disk, block, generation);
+    expected
+        .first_difference(&page)
+        .is_none()
+        .then_some(generation)
 }
 
 /// Bytes that are read and written together.
@@ -216,8 +285,8 @@ fn read(file: &File, piece: &mut [u8], at: u64, path: &Path) -> Result<()> {
 mod tests {
     use super::*;
 
-    fn images() -> Images {
-        let disk = Disk {
+    fn disk() -> Disk {
+        Disk {
             mib: 16,
             hot_mib: 2,
             run_kib: 256,
@@ -225,8 +294,11 @@ mod tests {
             read_mb_s: 1.0,
             write_mb_s: 1.0,
             threads: 1,
-        };
-        Images::make(&disk, 7).unwrap()
+        }
+    }
+
+    fn images() -> Images {
+        Images::make(&disk(), 7).unwrap()
     }
 
     fn copy(images: &Images) -> File {
@@ -247,6 +319,16 @@ mod tests {
     }
 
     #[test]
+    fn a_file_system_is_sound_or_not() {
+        let images = Images::file_system(16).unwrap();
+        assert_eq!(images.compare().unwrap().broken, 1, "a hole is none");
+        let there = copy(&images);
+        assert_eq!(images.compare().unwrap().broken, 0);
+        there.write_all_at(&[7; 4096], 4096).unwrap();
+        assert_eq!(images.compare().unwrap().broken, 1);
+    }
+
+    #[test]
     fn what_the_guest_wrote_since_is_right_and_what_it_did_not_is_wrong() {
         let images = images();
         let there = copy(&images);
@@ -256,12 +338,13 @@ mod tests {
             let bytes: Vec<u8> = page.0.iter().flat_map(|word| word.to_le_bytes()).collect();
             there.write_all_at(&bytes, at).unwrap();
         };
-        let offset = |block| images.layout.offset(block);
-        write(&images.contents(70, 5), offset(70));
+        let (disk, layout) = (disk(), disk().layout().unwrap());
+        let offset = |block| layout.offset(block);
+        write(&contents(&disk, 70, 5), offset(70));
         assert_eq!(images.compare().unwrap().broken, 0);
         // Older than the source's, misplaced, torn.
-        write(&images.contents(71, 0), offset(71));
-        write(&images.contents(3, 1), offset(72));
+        write(&contents(&disk, 71, 0), offset(71));
+        write(&contents(&disk, 3, 1), offset(72));
         there.write_all_at(b"torn", offset(73) + 2000).unwrap();
         there.write_all_at(b"cold", offset(64) - 4096).unwrap();
         let compared = images.compare().unwrap();
