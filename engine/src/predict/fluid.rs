@@ -3,9 +3,9 @@
 //!
 //! Missing pages m_i of class i flow away by pushing, the hottest first, and by demand. The guest touches missing
 //! pages at v·Φ per second, Φ = Σ a_i·m_i. One of c threads that touches one waits S_i: a round trip, or less if the
-//! page is to arrive by itself before. A fault brings g pages with it that would have been touched as well, and
-//! pushing after a fault feeds a guest that walks. So the guest runs at `v = κ / (Φ + κ)` with `κ = c·g/S̄ + u·μ`,
-//! and what it loses is ∫ (1 − v) dt.
+//! page is to arrive by itself before. A fault brings g pages with it that would have been touched as well, so the
+//! guest runs at `v = κ / (Φ + κ)` with `κ = c·g/S̄`; one that walks is also fed by what is pushed after its faults.
+//! What it loses is ∫ (1 − v) dt.
 
 use hybridmig_transport::message::RegionKind;
 

@@ -262,6 +262,55 @@ mod tests {
     }
 
     #[test]
+    fn what_is_steady_outlives_a_lucky_sample() {
+        let mut estimator = Estimator::new();
+        assert!((estimator.steady() - ASSUMED_BANDWIDTH).abs() < 1.0);
+        estimator.link(LinkFigures {
+            bandwidth: 2e6,
+            ..LinkFigures::default()
+        });
+        let told = estimator.steady();
+        assert!((told - GOODPUT * 2e6).abs() < 1.0, "{told}");
+        for tick in 0..500u64 {
+            estimator.applied(Duration::from_millis(10 * tick), 10_000, true);
+        }
+        let before = estimator.steady();
+        assert!((0.9e6..1.15e6).contains(&before), "{before}");
+        // A burst of what had waited at the destination.
+        for tick in 500..512u64 {
+            estimator.applied(Duration::from_millis(10 * tick), 50_000, true);
+        }
+        assert!(estimator.bandwidth() > 1.5 * before);
+        assert!(estimator.steady() < 1.2 * before);
+        assert!(estimator.measured_for() > 4.0);
+    }
+
+    #[test]
+    fn bursts_of_loss_take_more_parity() {
+        let mut estimator = Estimator::new();
+        let mut parity = |loss, loss_burst| {
+            estimator.link(LinkFigures {
+                loss,
+                loss_burst,
+                ..LinkFigures::default()
+            });
+            estimator.parity()
+        };
+        assert!(parity(0.0, 0.0) < 0.03);
+        assert!(parity(0.02, 2.5) > 2.0 * parity(0.02, 1.0));
+    }
+
+    #[test]
+    fn a_difference_saves_nothing_until_it_was_seen_to() {
+        let mut estimator = Estimator::new();
+        estimator.sized(false, false, 64, 64 * 3000);
+        estimator.assume(false, 2000.0);
+        assert!((estimator.page_again(false) - 3000.0).abs() < 1.0);
+        estimator.sized(false, true, 64, 64 * 500);
+        assert!((estimator.page_again(false) - 500.0).abs() < 1.0);
+    }
+
+    #[test]
     fn the_size_of_a_page_follows_what_was_sent() {
         let mut estimator = Estimator::new();
         for _ in 0..500 {
