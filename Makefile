@@ -98,6 +98,11 @@ bench-build: build
 bench-micro: setup ## measure what the pieces cost, as root: 4 minutes on an idle machine
 	cargo bench --locked --package hybridmig-bench --benches
 
+.PHONY: xen-lab
+xen-lab: setup build ## two real Xen hosts under TCG over a long link: 15 minutes the first time, then 8
+	@scripts/setup.sh xen-lab
+	tests/xen-lab/lab.sh $(TARGET_DIR)/xen-lab
+
 .PHONY: deny
 deny: setup-build ## check licenses, bans and sources of the dependencies (cargo-deny)
 	@cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny

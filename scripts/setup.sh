@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building and testing need and is missing; changes nothing else.
 #
-#   scripts/setup.sh build [test]
+#   scripts/setup.sh build|test|xen-lab…
 #
 # Debian 12 or newer. Uses sudo where it is not run as root. Quick, quiet and without network when
 # nothing is missing.
@@ -10,6 +10,7 @@ set -euo pipefail
 RUST_MINIMUM=1.88
 BUILD_PACKAGES=(build-essential pkg-config libclang-dev ca-certificates)
 TEST_PACKAGES=(qemu-system-x86 qemu-utils libnbd-bin busybox-static cpio iproute2 e2fsprogs)
+XEN_LAB_PACKAGES=(qemu-system-x86 busybox-static cpio flex bison dpkg-dev bc python3)
 # Not installed, only taken apart: the kernel of the test guest.
 KERNEL=linux-image-cloud-amd64
 
@@ -19,7 +20,8 @@ main() {
         case $part in
             build) packages+=("${BUILD_PACKAGES[@]}") ;;
             test) packages+=("${TEST_PACKAGES[@]}") tests=yes ;;
-            *) fail "usage: scripts/setup.sh build [test]" ;;
+            xen-lab) packages+=("${XEN_LAB_PACKAGES[@]}") ;;
+            *) fail "usage: scripts/setup.sh build|test|xen-lab…" ;;
         esac
     done
     check_rust "$tests"

@@ -66,7 +66,10 @@ fn main() {
         let units = UNITS.load(Relaxed);
         if units > 0 {
             let wrong = WRONG.load(Relaxed);
-            say(&format!("WORK {} {units} {wrong}", start.elapsed().as_millis()));
+            say(&format!(
+                "WORK {} {units} {wrong}",
+                start.elapsed().as_millis()
+            ));
         }
     }
 }
@@ -90,7 +93,8 @@ impl Options {
 
 fn find<'a>(line: &'a str, name: &str) -> Option<&'a str> {
     let prefix = format!("realwork.{name}=");
-    line.split_whitespace().find_map(|word| word.strip_prefix(&prefix))
+    line.split_whitespace()
+        .find_map(|word| word.strip_prefix(&prefix))
 }
 
 fn value(line: &str, name: &str, default: u64) -> u64 {
@@ -144,7 +148,11 @@ impl Values {
     fn next(&mut self) -> (u64, bool) {
         self.state = mix(self.state);
         let all = self.versions.len() as u64;
-        let of = if self.state % 100 < TO_HOT { (all / HOT).max(1) } else { all };
+        let of = if self.state % 100 < TO_HOT {
+            (all / HOT).max(1)
+        } else {
+            all
+        };
         let writes = (self.state >> 8) % 100 < self.writes;
         ((self.state >> 16) % of, writes)
     }
@@ -159,7 +167,10 @@ impl Values {
         let expected = Self::contents(number, self.versions[number as usize]);
         if seen != expected {
             let head = seen.get(..40).unwrap_or(seen);
-            wrong(&format!("value {number} begins with '{head}', it should with '{}'", &expected[..40]));
+            wrong(&format!(
+                "value {number} begins with '{head}', it should with '{}'",
+                &expected[..40]
+            ));
         }
     }
 }
@@ -180,8 +191,22 @@ fn said<T, E: std::fmt::Display>(result: Result<T, E>, what: &str) -> Result<T, 
 
 fn redis(options: &Options) -> Outcome {
     said(create_dir_all("/tmp"), "/tmp")?;
-    let words = ["--port", "0", "--unixsocket", SOCKET, "--save", "", "--appendonly", "no", "--loglevel", "warning"];
-    let server = Command::new("/bin/redis-server").args(words).stdout(Stdio::null()).spawn();
+    let words = [
+        "--port",
+        "0",
+        "--unixsocket",
+        SOCKET,
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--loglevel",
+        "warning",
+    ];
+    let server = Command::new("/bin/redis-server")
+        .args(words)
+        .stdout(Stdio::null())
+        .spawn();
     let mut server = said(server, "redis-server")?;
     let socket = loop {
         if let Ok(socket) = UnixStream::connect(SOCKET) {
@@ -222,24 +247,38 @@ struct Redis {
 impl Redis {
     fn set(&mut self, number: u64, contents: &str) -> Outcome {
         let key = format!("key:{number}");
-        let request = format!("*3\r\n$3\r\nSET\r\n${}\r\n{key}\r\n${}\r\n{contents}\r\n", key.len(), contents.len());
+        let request = format!(
+            "*3\r\n$3\r\nSET\r\n${}\r\n{key}\r\n${}\r\n{contents}\r\n",
+            key.len(),
+            contents.len()
+        );
         let answer = self.ask(&request)?;
-        if answer == "+OK" { Ok(()) } else { Err(format!("redis answers '{answer}' to SET")) }
+        if answer == "+OK" {
+            Ok(())
+        } else {
+            Err(format!("redis answers '{answer}' to SET"))
+        }
     }
 
     fn get(&mut self, number: u64) -> Result<String, String> {
         let key = format!("key:{number}");
         let answer = self.ask(&format!("*2\r\n$3\r\nGET\r\n${}\r\n{key}\r\n", key.len()))?;
-        let length = answer.strip_prefix('$').and_then(|text| text.parse::<usize>().ok());
+        let length = answer
+            .strip_prefix('$')
+            .and_then(|text| text.parse::<usize>().ok());
         let length = length.filter(|length| *length <= 1 << 20);
-        let mut bytes = vec![0; length.ok_or_else(|| format!("redis answers '{answer}' to GET"))? + 2];
+        let mut bytes =
+            vec![0; length.ok_or_else(|| format!("redis answers '{answer}' to GET"))? + 2];
         said(self.answers.read_exact(&mut bytes), "redis")?;
         bytes.truncate(bytes.len() - 2);
         said(String::from_utf8(bytes), "redis")
     }
 
     fn ask(&mut self, request: &str) -> Result<String, String> {
-        let sent = self.requests.write_all(request.as_bytes()).and_then(|()| self.requests.flush());
+        let sent = self
+            .requests
+            .write_all(request.as_bytes())
+            .and_then(|()| self.requests.flush());
         said(sent, "redis")?;
         let mut answer = String::new();
         said(self.answers.read_line(&mut answer), "redis")?;
@@ -251,7 +290,9 @@ impl Redis {
 
 fn sqlite(options: &Options) -> Outcome {
     said(create_dir_all("/data"), "/data")?;
-    let mounted = Command::new("/bin/busybox").args(["mount", "-t", "ext4", "/dev/vda", "/data"]).status();
+    let mounted = Command::new("/bin/busybox")
+        .args(["mount", "-t", "ext4", "/dev/vda", "/data"])
+        .status();
     if !said(mounted, "mount")?.success() {
         return Err("the disk cannot be mounted".into());
     }
@@ -260,7 +301,10 @@ fn sqlite(options: &Options) -> Outcome {
     shell.run("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA cache_size=-1024;")?;
     shell.run("CREATE TABLE t(id INTEGER PRIMARY KEY, body TEXT NOT NULL); BEGIN;")?;
     for number in 0..options.values {
-        shell.run(&format!("INSERT INTO t VALUES({number},'{}');", Values::contents(number, 0)))?;
+        shell.run(&format!(
+            "INSERT INTO t VALUES({number},'{}');",
+            Values::contents(number, 0)
+        ))?;
     }
     shell.run("COMMIT; PRAGMA wal_checkpoint(TRUNCATE);")?;
     say(&format!("WORKS {}", options.values));
@@ -269,7 +313,9 @@ fn sqlite(options: &Options) -> Outcome {
         let (number, writes) = values.next();
         if writes {
             let contents = values.written(number);
-            shell.run(&format!("UPDATE t SET body='{contents}' WHERE id={number};"))?;
+            shell.run(&format!(
+                "UPDATE t SET body='{contents}' WHERE id={number};"
+            ))?;
         } else {
             let seen = shell.run(&format!("SELECT body FROM t WHERE id={number};"))?;
             values.check(number, seen.trim_end());
@@ -287,10 +333,21 @@ struct Sqlite {
 impl Sqlite {
     fn start() -> Result<Self, String> {
         let words = ["-batch", "-bail", "/data/work.db"];
-        let piped = Command::new("/bin/sqlite3").args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+        let piped = Command::new("/bin/sqlite3")
+            .args(words)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn();
         let mut shell = said(piped, "sqlite3")?;
-        let (to, from) = (shell.stdin.take().expect("piped"), shell.stdout.take().expect("piped"));
-        Ok(Self { _shell: shell, to, from: BufReader::new(from) })
+        let (to, from) = (
+            shell.stdin.take().expect("piped"),
+            shell.stdout.take().expect("piped"),
+        );
+        Ok(Self {
+            _shell: shell,
+            to,
+            from: BufReader::new(from),
+        })
     }
 
     /// What it prints for these statements.
@@ -301,7 +358,10 @@ impl Sqlite {
         loop {
             let mut line = String::new();
             if said(self.from.read_line(&mut line), "sqlite3")? == 0 {
-                return Err(format!("sqlite3 has ended at: {}", &statements[..statements.len().min(60)]));
+                return Err(format!(
+                    "sqlite3 has ended at: {}",
+                    &statements[..statements.len().min(60)]
+                ));
             }
             if line == "END\n" {
                 return Ok(seen);
@@ -316,7 +376,8 @@ impl Sqlite {
 fn compile() -> Outcome {
     said(create_dir_all("/tmp/build"), "/tmp")?;
     for file in 0..FILES {
-        let written = File::create(format!("/tmp/build/{file}.c")).and_then(|mut to| to.write_all(source(file).as_bytes()));
+        let written = File::create(format!("/tmp/build/{file}.c"))
+            .and_then(|mut to| to.write_all(source(file).as_bytes()));
         said(written, "a source file")?;
     }
     let mut first: Vec<Option<u64>> = vec![None; FILES as usize];
@@ -329,10 +390,16 @@ fn compile() -> Outcome {
                 return Err(format!("tcc ended with {status} at file {file}"));
             }
             let bytes = said(std::fs::read(&object), &object)?;
-            let hash = bytes.iter().fold(bytes.len() as u64, |hash, byte| mix(hash ^ u64::from(*byte)));
+            let hash =
+                bytes.iter().fold(
+                    bytes.len() as u64,
+                    |hash, byte| mix(hash ^ u64::from(*byte)),
+                );
             let expected = *first[file as usize].get_or_insert(hash);
             if hash != expected {
-                wrong(&format!("object {file} of round {round} is not that of the first one"));
+                wrong(&format!(
+                    "object {file} of round {round} is not that of the first one"
+                ));
             }
             if round > 0 {
                 UNITS.fetch_add(1, Relaxed);
@@ -350,12 +417,16 @@ fn source(file: u64) -> String {
     for function in 0..6 {
         let odd = mix(file << 8 | function) | 1;
         text.push_str(&format!(
-            "static unsigned long f{function}(unsigned long x) {{\n  unsigned long table[8], i;\n  for (i = 0; i < 8; i++) \
-             table[i] = (x + i) * {odd}ul;\n  if (table[x % 8] > {}ul) printf(\"%lu\\n\", table[0]);\n  \
+            "static unsigned long f{function}(unsigned long x) {{\n  \
+             unsigned long table[8], i;\n  \
+             for (i = 0; i < 8; i++) table[i] = (x + i) * {odd}ul;\n  \
+             if (table[x % 8] > {}ul) printf(\"%lu\\n\", table[0]);\n  \
              return table[(x >> 3) % 8];\n}}\n",
             odd >> 7
         ));
     }
-    text.push_str("unsigned long all(unsigned long x) { return f0(x)+f1(x)+f2(x)+f3(x)+f4(x)+f5(x); }\n");
+    text.push_str(
+        "unsigned long all(unsigned long x) { return f0(x)+f1(x)+f2(x)+f3(x)+f4(x)+f5(x); }\n",
+    );
     text
 }

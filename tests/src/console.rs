@@ -19,8 +19,8 @@ const FATAL: &[&str] = &["Kernel panic", "Oops:", "BUG:", "panicked at", "WORKFA
 pub enum Who {
     /// The memory checker.
     Checker,
-    /// What has a real program work (`tests/guest/realwork.rs`): its operations are the program's, wrong answers count as
-    /// bad.
+    /// What has a real program work (`tests/guest/realwork.rs`): its operations are the program's, wrong answers
+    /// count as bad.
     Work,
 }
 

@@ -84,9 +84,17 @@ fn a_freeze_of_everything_costs_its_downtime_and_no_more() {
 #[test]
 fn a_round_gains_nothing_on_a_guest_that_outruns_the_link() {
     let after = situation(&[(4000.0, 4000.0, 1.0, 3.0)]).after_round();
-    assert!(after.memory.stale() > 0.7 * 4000.0, "{}", after.memory.stale());
+    assert!(
+        after.memory.stale() > 0.7 * 4000.0,
+        "{}",
+        after.memory.stale()
+    );
     let calm = situation(&[(4000.0, 4000.0, 0.01, 0.1)]).after_round();
-    assert!(calm.memory.stale() < 0.1 * 4000.0, "{}", calm.memory.stale());
+    assert!(
+        calm.memory.stale() < 0.1 * 4000.0,
+        "{}",
+        calm.memory.stale()
+    );
 }
 
 /// A guest that walks is fed in its order; one that touches pages all over waits for nearly all of them.
@@ -96,7 +104,12 @@ fn a_walk_loses_less_than_the_same_by_chance() {
     let mut walks = by_chance.clone();
     walks.memory.spread.walk = 1.0;
     let lost = |at: &Situation| nothing(at).outcome.lost_work;
-    assert!(lost(&walks) < 0.8 * lost(&by_chance), "{} {}", lost(&walks), lost(&by_chance));
+    assert!(
+        lost(&walks) < 0.8 * lost(&by_chance),
+        "{} {}",
+        lost(&walks),
+        lost(&by_chance)
+    );
 }
 
 #[test]

@@ -27,8 +27,8 @@ pub struct Spread {
     /// Of the blocks in the prefetch window around a used one, how many are used: 0 to the window's length.
     pub near: f64,
     /// How much of the likelihood that the neighbours of a used block have beyond any other's the one [`FAR`] behind it
-    /// still has, where what was used is not the same as before: 0 is chance or hot regions, 1 a walk. (A guest that walks
-    /// and writes to every second block only walks all the same.)
+    /// still has, where what was used is not the same as before: 0 is chance or hot regions, 1 a walk. (A guest that
+    /// walks and writes to every second block only walks all the same.)
     pub walk: f64,
 }
 
