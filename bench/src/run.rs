@@ -410,11 +410,8 @@ fn check(
     let one_life = [Who::Checker, who]
         .into_iter()
         .try_for_each(|who| one_life(&life(consoles, who, start)));
-    let answers = consoles
-        .into_iter()
-        .flat_map(|console| console.ticks_of(who));
-    let wrong = answers.map(|tick| tick.bad).max().unwrap_or_default();
-    if who == Who::Work && wrong > 0 {
+    let wrong = console::bad(&consoles, Who::Work);
+    if wrong > 0 {
         fail(
             outcome,
             format!("the program in the guest was given {wrong} wrong answers"),

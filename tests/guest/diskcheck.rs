@@ -29,14 +29,15 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use command_line::CommandLine;
 use layout::{Layout, base};
 use pattern::{Contents, PAGE, Page, WORDS, mix};
 
+mod command_line;
 mod latency;
 mod layout;
 mod load;
@@ -57,10 +58,11 @@ unsafe extern "C" {
 }
 
 fn main() {
-    let line = std::fs::read_to_string("/proc/cmdline").expect("/proc is mounted");
+    let line = CommandLine::of("diskcheck");
     let options = Options::read(&line);
     let start = Instant::now();
-    let threads: Vec<_> = find(&line, "dev")
+    let threads: Vec<_> = line
+        .find("dev")
         .unwrap_or_default()
         .split(',')
         .filter(|name| !name.is_empty())
@@ -93,29 +95,16 @@ struct Options {
 }
 
 impl Options {
-    fn read(line: &str) -> Self {
+    fn read(line: &CommandLine) -> Self {
         Self {
-            mib: value(line, "mb", 8),
-            run: value(line, "run", 1),
-            random: WORDS * value(line, "random", 50) / 100,
-            rate: value(line, "rate", 2.0),
-            workers: value(line, "workers", 0),
-            reads: value(line, "reads", 2.0),
+            mib: line.value("mb", 8),
+            run: line.value("run", 1),
+            random: WORDS * line.value("random", 50) / 100,
+            rate: line.value("rate", 2.0),
+            workers: line.value("workers", 0),
+            reads: line.value("reads", 2.0),
         }
     }
-}
-
-fn find<'a>(line: &'a str, name: &str) -> Option<&'a str> {
-    let prefix = format!("diskcheck.{name}=");
-    line.split_whitespace()
-        .find_map(|word| word.strip_prefix(&prefix))
-}
-
-fn value<T: FromStr>(line: &str, name: &str, default: T) -> T {
-    find(line, name).map_or(default, |text| {
-        let value = text.parse().ok();
-        value.unwrap_or_else(|| panic!("diskcheck.{name}={text} cannot be read"))
-    })
 }
 
 fn say(line: &str) {

@@ -24,12 +24,13 @@
 //! - `ERROR <what>` answers anything else.
 
 use std::io::{BufRead, Write};
-use std::str::FromStr;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
+use command_line::CommandLine;
 use pattern::{Contents, PAGE, Page, WORDS, mix};
 
+mod command_line;
 mod pattern;
 
 /// Page operations between two looks at the clock.
@@ -58,28 +59,17 @@ struct Options {
 
 impl Options {
     fn from_command_line() -> Self {
-        let line = std::fs::read_to_string("/proc/cmdline").expect("/proc is mounted");
+        let line = CommandLine::of("memcheck");
         Self {
-            mib: value(&line, "mb", 64),
-            rate: value(&line, "rate", 8.0),
-            hot: value(&line, "hot", 100),
-            sweep: value(&line, "sweep", 32.0),
-            random: value(&line, "random", 50),
-            seed: value(&line, "seed", 1),
-            tick: Duration::from_millis(value(&line, "tick", 50).max(1)),
+            mib: line.value("mb", 64),
+            rate: line.value("rate", 8.0),
+            hot: line.value("hot", 100),
+            sweep: line.value("sweep", 32.0),
+            random: line.value("random", 50),
+            seed: line.value("seed", 1),
+            tick: Duration::from_millis(line.value("tick", 50).max(1)),
         }
     }
-}
-
-fn value<T: FromStr>(line: &str, name: &str, default: T) -> T {
-    let prefix = format!("memcheck.{name}=");
-    let text = line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix(&prefix));
-    text.map_or(default, |text| {
-        let value = text.parse().ok();
-        value.unwrap_or_else(|| panic!("{prefix}{text} cannot be read"))
-    })
 }
 
 /// Input lines of the console, read by a thread of their own.

@@ -22,9 +22,18 @@ use std::fs::{File, create_dir_all};
 use std::io::{BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
+
+use command_line::CommandLine;
+use pattern::mix;
+
+mod command_line;
+#[allow(
+    dead_code,
+    reason = "of the pages' contents only the finisher is of use here"
+)]
+mod pattern;
 
 /// Length of a value in bytes.
 const VALUE: usize = 1024;
@@ -44,10 +53,10 @@ static WRONG: AtomicU64 = AtomicU64::new(0);
 type Outcome = Result<(), String>;
 
 fn main() {
-    let line = std::fs::read_to_string("/proc/cmdline").expect("/proc is mounted");
+    let line = CommandLine::of("realwork");
     let options = Options::read(&line);
-    let tick = Duration::from_millis(value(&line, "tick", 50).max(1));
-    let program = find(&line, "program").unwrap_or_default().to_owned();
+    let tick = Duration::from_millis(line.value("tick", 50).max(1));
+    let program = line.find("program").unwrap_or_default().to_owned();
     std::thread::spawn(move || {
         let done = match program.as_str() {
             "redis" => redis(&options),
@@ -82,26 +91,13 @@ struct Options {
 }
 
 impl Options {
-    fn read(line: &str) -> Self {
+    fn read(line: &CommandLine) -> Self {
         Self {
-            values: (value(line, "mb", 32) << 20) / VALUE as u64,
-            writes: value(line, "writes", 10),
-            seed: value(line, "seed", 1),
+            values: (line.value("mb", 32_u64) << 20) / VALUE as u64,
+            writes: line.value("writes", 10),
+            seed: line.value("seed", 1),
         }
     }
-}
-
-fn find<'a>(line: &'a str, name: &str) -> Option<&'a str> {
-    let prefix = format!("realwork.{name}=");
-    line.split_whitespace()
-        .find_map(|word| word.strip_prefix(&prefix))
-}
-
-fn value(line: &str, name: &str, default: u64) -> u64 {
-    find(line, name).map_or(default, |text| {
-        let value = u64::from_str(text);
-        value.unwrap_or_else(|_| panic!("realwork.{name}={text} cannot be read"))
-    })
 }
 
 /// One line on the console, in one write.
@@ -175,12 +171,29 @@ impl Values {
     }
 }
 
-/// The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
-fn mix(seed: u64) -> u64 {
-    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+/// What keeps the values.
+trait Store {
+    /// Changes one.
+    fn set(&mut self, number: u64, contents: &str) -> Outcome;
+    /// Reads one.
+    fn get(&mut self, number: u64) -> Result<String, String>;
+}
+
+/// All values are there, in their first version: uses them, one operation after the other.
+fn work(store: &mut impl Store, options: &Options) -> Outcome {
+    say(&format!("WORKS {}", options.values));
+    let mut values = Values::new(options);
+    loop {
+        let (number, writes) = values.next();
+        if writes {
+            let contents = values.written(number);
+            store.set(number, &contents)?;
+        } else {
+            let seen = store.get(number)?;
+            values.check(number, &seen);
+        }
+        UNITS.fetch_add(1, Relaxed);
+    }
 }
 
 fn said<T, E: std::fmt::Display>(result: Result<T, E>, what: &str) -> Result<T, String> {
@@ -221,22 +234,10 @@ fn redis(options: &Options) -> Outcome {
         answers: BufReader::new(said(socket.try_clone(), "a socket")?),
         requests: BufWriter::new(socket),
     };
-    let mut values = Values::new(options);
     for number in 0..options.values {
         client.set(number, &Values::contents(number, 0))?;
     }
-    say(&format!("WORKS {}", options.values));
-    loop {
-        let (number, writes) = values.next();
-        if writes {
-            let contents = values.written(number);
-            client.set(number, &contents)?;
-        } else {
-            let seen = client.get(number)?;
-            values.check(number, &seen);
-        }
-        UNITS.fetch_add(1, Relaxed);
-    }
+    work(&mut client, options)
 }
 
 struct Redis {
@@ -244,7 +245,7 @@ struct Redis {
     requests: BufWriter<UnixStream>,
 }
 
-impl Redis {
+impl Store for Redis {
     fn set(&mut self, number: u64, contents: &str) -> Outcome {
         let key = format!("key:{number}");
         let request = format!(
@@ -273,7 +274,9 @@ impl Redis {
         bytes.truncate(bytes.len() - 2);
         said(String::from_utf8(bytes), "redis")
     }
+}
 
+impl Redis {
     fn ask(&mut self, request: &str) -> Result<String, String> {
         let sent = self
             .requests
@@ -307,27 +310,27 @@ fn sqlite(options: &Options) -> Outcome {
         ))?;
     }
     shell.run("COMMIT; PRAGMA wal_checkpoint(TRUNCATE);")?;
-    say(&format!("WORKS {}", options.values));
-    let mut values = Values::new(options);
-    loop {
-        let (number, writes) = values.next();
-        if writes {
-            let contents = values.written(number);
-            shell.run(&format!(
-                "UPDATE t SET body='{contents}' WHERE id={number};"
-            ))?;
-        } else {
-            let seen = shell.run(&format!("SELECT body FROM t WHERE id={number};"))?;
-            values.check(number, seen.trim_end());
-        }
-        UNITS.fetch_add(1, Relaxed);
-    }
+    work(&mut shell, options)
 }
 
 struct Sqlite {
     _shell: Child,
     to: ChildStdin,
     from: BufReader<ChildStdout>,
+}
+
+impl Store for Sqlite {
+    fn set(&mut self, number: u64, contents: &str) -> Outcome {
+        self.run(&format!(
+            "UPDATE t SET body='{contents}' WHERE id={number};"
+        ))?;
+        Ok(())
+    }
+
+    fn get(&mut self, number: u64) -> Result<String, String> {
+        let seen = self.run(&format!("SELECT body FROM t WHERE id={number};"))?;
+        Ok(seen.trim_end().to_owned())
+    }
 }
 
 impl Sqlite {

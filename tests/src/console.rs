@@ -182,8 +182,13 @@ pub fn longest_gap(consoles: &[&Console]) -> Duration {
 
 /// Pages that the checker has found wrong, on any host.
 pub fn bad_pages(consoles: &[&Console]) -> u64 {
-    let bad = ticks(consoles).into_iter().map(|tick| tick.bad);
-    bad.max().unwrap_or_default()
+    bad(consoles, Who::Checker)
+}
+
+/// What this one has found wrong, on any host.
+pub fn bad(consoles: &[&Console], who: Who) -> u64 {
+    let ticks = consoles.iter().flat_map(|console| console.ticks_of(who));
+    ticks.map(|tick| tick.bad).max().unwrap_or_default()
 }
 
 /// Fails unless the guest has lived one life: in the host's order its clock and its work only ever

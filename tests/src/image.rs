@@ -17,21 +17,18 @@ pub struct Image {
     pub initramfs: PathBuf,
 }
 
-/// The test guest, built or brought up to date if need be. The script locks its directory, so
-/// processes may ask at the same time.
-pub fn image() -> Result<Image> {
-    static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
-    let image = IMAGE
-        .get_or_init(|| build("guest-image.sh", "initramfs").map_err(|error| format!("{error:#}")));
-    image.clone().map_err(|error| anyhow!(error))
-}
-
-/// The same with real programs in it, those of `scripts/guest-programs.sh`.
-pub fn image_with_programs() -> Result<Image> {
-    static IMAGE: OnceLock<Result<Image, String>> = OnceLock::new();
-    let image = IMAGE.get_or_init(|| {
-        build("guest-programs.sh", "initramfs-programs").map_err(|error| format!("{error:#}"))
-    });
+/// The test guest, built or brought up to date if need be; with real programs in it
+/// (`scripts/guest-programs.sh`), or the checkers alone. The scripts lock their directory, so processes may
+/// ask at the same time.
+pub fn image(programs: bool) -> Result<Image> {
+    static IMAGES: [OnceLock<Result<Image, String>>; 2] = [OnceLock::new(), OnceLock::new()];
+    let (script, initramfs) = if programs {
+        ("guest-programs.sh", "initramfs-programs")
+    } else {
+        ("guest-image.sh", "initramfs")
+    };
+    let image = IMAGES[usize::from(programs)]
+        .get_or_init(|| build(script, initramfs).map_err(|error| format!("{error:#}")));
     image.clone().map_err(|error| anyhow!(error))
 }
 

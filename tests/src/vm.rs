@@ -17,7 +17,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use tempfile::TempDir;
 
 use crate::console::{Console, Verified};
-use crate::image::{image, image_with_programs};
+use crate::image::image;
 use crate::keeper::Kept;
 use crate::qmp::Qmp;
 
@@ -88,11 +88,7 @@ impl VmConfig {
 
     /// The whole command line, with RAM at `ram` and sockets at [`Sockets::within`] `directory`.
     pub fn command_line(&self, directory: &Path, ram: &Path) -> Result<Vec<OsString>> {
-        let image = if self.programs {
-            image_with_programs()?
-        } else {
-            image()?
-        };
+        let image = image(self.programs)?;
         let sockets = Sockets::within(directory);
         let socket = |path: &Path| format!("path={},server=on,wait=off", path.display());
         // A busy host may be too late for the kernel's test of its timer, which ends in a panic.

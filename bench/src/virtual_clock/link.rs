@@ -250,10 +250,13 @@ impl Direction {
     }
 }
 
-/// Mean and shortest time on the way of packets that do not wait for each other.
+/// What packets that do not wait for each other show of a path.
 struct Probed {
+    /// Mean time on the way.
     way: Duration,
+    /// The shortest.
     least: Duration,
+    /// Packets that are lost together.
     burst: f64,
 }
 

@@ -245,30 +245,23 @@ impl SourceMachine {
         self.situation(now, &self.stale(), &self.heat.tally(&self.unsent))
     }
 
-    /// The plan as things stand while the guest runs here: whether to freeze now. Keeps the first one.
-    pub(super) fn look(&mut self, now: Duration) -> bool {
-        let mut situation = self.here(now);
-        self.look_at(now, &mut situation)
-    }
-
-    /// The same in the middle of a round. What is left of it would move while the guest runs and loses nothing, so not
-    /// to wait for that must gain more than predictions err.
+    /// The plan in the middle of a round: whether to freeze now. What is left of it would move while the guest runs
+    /// and loses nothing, so not to wait for that must gain more than predictions err.
     pub(super) fn look_midway(&mut self, now: Duration) -> bool {
         let mut situation = self.here(now);
-        if !self.look_at(now, &mut situation)
-            || self.heat.rates(RegionKind::Memory).scans() <= SCANS
-        {
+        let choice = self.look_at(now, &mut situation);
+        if choice.rounds > 0 || self.heat.rates(RegionKind::Memory).scans() <= SCANS {
             return false;
         }
-        let bounds = self.bounds();
-        let lost = |at: &Situation| best_freeze(at, &bounds).1.lost_work;
         let after = situation.after_round();
         let useless = after.memory.stale() > USELESS * situation.memory.stale();
-        useless || lost(&situation) < (1.0 - GAINED_MIDWAY) * lost(&after)
+        let lost_after = || best_freeze(&after, &self.bounds()).1.lost_work;
+        useless || choice.outcome.lost_work < (1.0 - GAINED_MIDWAY) * lost_after()
     }
 
-    /// The same of a situation, which changes if more of the disks is to move.
-    fn look_at(&mut self, now: Duration, situation: &mut Situation) -> bool {
+    /// The plan as things stand while the guest runs here. Keeps the first one. The situation changes if more of the
+    /// disks is to move.
+    fn look_at(&mut self, now: Duration, situation: &mut Situation) -> Choice {
         let bounds = self.bounds();
         let mut choice = match self.config.mode {
             Mode::Hybrid => choose(situation, &bounds),
@@ -294,13 +287,14 @@ impl SourceMachine {
             total: choice.outcome.total,
             lost_work: choice.outcome.lost_work,
         });
-        choice.rounds == 0
+        choice
     }
 
     /// The same where somebody else decides: for the record.
     pub(super) fn first_look(&mut self, now: Duration) {
         if self.planning.report.at_start.is_none() {
-            self.look(now);
+            let mut situation = self.here(now);
+            self.look_at(now, &mut situation);
         }
     }
 
@@ -324,7 +318,7 @@ impl SourceMachine {
         let least = situation.downtime(&Frozen::nothing(&situation));
         let gains = self.planning.unpaying == 0 && bounds.rounds > 0 && bounds.max_total.is_none();
         let may_freeze = !gains || cost <= NEAR_LEAST * least;
-        let freeze = self.look_at(now, &mut situation);
+        let freeze = self.look_at(now, &mut situation).rounds == 0;
         self.planning.round = Some((cost, situation.after_round().memory.stale()));
         (freeze && may_freeze) || self.planning.unpaying >= UNPAYING
     }
