@@ -20,6 +20,14 @@ setup: ## install what building and testing need (Debian packages, cargo-nextest
 setup-build:
 	@scripts/setup.sh build
 
+.PHONY: setup-xen
+setup-xen:
+	@scripts/setup.sh xen
+
+.PHONY: build-xen
+build-xen: setup-build setup-xen ## the same with Xen's libraries, for hosts that run Xen
+	cargo build --release --locked --package hybridmig --features xen
+
 .PHONY: build
 build: setup-build ## build the release binary, target/release/hybridmig
 	cargo build --release --locked --package hybridmig
@@ -29,7 +37,7 @@ demo: build ## move a self-checking guest over an emulated 50 ms link on this ma
 	$(TARGET_DIR)/release/hybridmig demo
 
 .PHONY: test
-test: setup fmt clippy test-doc test-run ## check formatting and lints, run every test
+test: setup setup-xen fmt clippy test-doc test-xen test-run ## check formatting and lints, run every test
 
 .PHONY: fmt
 fmt:
@@ -38,10 +46,16 @@ fmt:
 .PHONY: clippy
 clippy:
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets --features xen -- -D warnings
 
 .PHONY: test-doc
 test-doc:
 	cargo test --locked --workspace --doc --quiet
+
+# What is built with the feature only; links Xen's libraries, and needs no Xen.
+.PHONY: test-xen
+test-xen:
+	cargo nextest run --locked --package hybridmig-pager --package hybridmig-engine --features hybridmig-engine/xen --lib xen
 
 .PHONY: test-run
 test-run:
@@ -79,6 +93,12 @@ bench-programs: setup bench-build ## move guests with redis, sqlite and a compil
 	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/programs-disk.jsonl \
 		--made-by 'make bench-programs' --out docs/bench/programs-disk
 
+.PHONY: bench-programs-shares
+bench-programs-shares: setup bench-build ## the same programs with fixed shares and in the pure modes, as root: 45 minutes
+	$(TARGET_DIR)/release/bench run programs-shares --fresh
+	$(TARGET_DIR)/release/bench report $(TARGET_DIR)/bench/programs-shares.jsonl \
+		--made-by 'make bench-programs-shares' --out docs/bench/programs-shares
+
 .PHONY: bench-virtual
 bench-virtual: setup bench-build ## the same under a virtual clock, 36 plans a cell: 5 minutes
 	$(TARGET_DIR)/release/bench virtual default --out $(TARGET_DIR)/bench/virtual.jsonl
@@ -98,10 +118,17 @@ bench-build: build
 bench-micro: setup ## measure what the pieces cost, as root: 4 minutes on an idle machine
 	cargo bench --locked --package hybridmig-bench --benches
 
+XEN_LAB = HYBRIDMIG=$(TARGET_DIR)/release/hybridmig tests/xen-lab/lab.sh $(TARGET_DIR)/xen-lab
+
 .PHONY: xen-lab
-xen-lab: setup build ## two real Xen hosts under TCG over a long link: 15 minutes the first time, then 8
+xen-lab: build-xen ## move a domain between two real Xen hosts under TCG, as root: 15 minutes the first time, then 8 to 11
 	@scripts/setup.sh xen-lab
-	tests/xen-lab/lab.sh $(TARGET_DIR)/xen-lab
+	$(XEN_LAB)
+
+.PHONY: xen-lab-more
+xen-lab-more: build-xen ## the same with HVM, devices, a balloon, 2 vCPUs, and killed senders: 15 minutes
+	@scripts/setup.sh xen-lab
+	$(XEN_LAB) more
 
 .PHONY: deny
 deny: setup-build ## check licenses, bans and sources of the dependencies (cargo-deny)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building and testing need and is missing; changes nothing else.
 #
-#   scripts/setup.sh build|test|xen-lab…
+#   scripts/setup.sh build|test|xen|xen-lab…
 #
 # Debian 12 or newer. Uses sudo where it is not run as root. Quick, quiet and without network when
 # nothing is missing.
@@ -10,6 +10,7 @@ set -euo pipefail
 RUST_MINIMUM=1.88
 BUILD_PACKAGES=(build-essential pkg-config libclang-dev ca-certificates)
 TEST_PACKAGES=(qemu-system-x86 qemu-utils libnbd-bin busybox-static cpio iproute2 e2fsprogs)
+XEN_PACKAGES=(libxen-dev)
 XEN_LAB_PACKAGES=(qemu-system-x86 busybox-static cpio flex bison dpkg-dev bc python3)
 # Not installed, only taken apart: the kernel of the test guest.
 KERNEL=linux-image-cloud-amd64
@@ -20,8 +21,9 @@ main() {
         case $part in
             build) packages+=("${BUILD_PACKAGES[@]}") ;;
             test) packages+=("${TEST_PACKAGES[@]}") tests=yes ;;
+            xen) packages+=("${XEN_PACKAGES[@]}") ;;
             xen-lab) packages+=("${XEN_LAB_PACKAGES[@]}") ;;
-            *) fail "usage: scripts/setup.sh build|test|xen-lab…" ;;
+            *) fail "usage: scripts/setup.sh build|test|xen|xen-lab…" ;;
         esac
     done
     check_rust "$tests"
@@ -33,13 +35,9 @@ main() {
 }
 
 install_packages() {
-    local tests=$1 missing=() package
+    local tests=$1 missing=() lost=()
     shift
-    for package in "$@"; do
-        if ! installed "$package"; then
-            missing+=("$package")
-        fi
-    done
+    mapfile -t missing < <(lacking "$@")
     local lists=present
     if [ "$tests" = yes ] && ! knows_kernel; then
         lists=missing
@@ -58,13 +56,33 @@ install_packages() {
     say "updating apt's package lists"
     "${as_root[@]}" apt-get -qq update
     if [ ${#missing[@]} -gt 0 ]; then
-        say "installing ${missing[*]}"
-        "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-            apt-get -qq install --yes --no-install-recommends "${missing[@]}" >/dev/null
+        apt_install "${missing[@]}"
+        # One that came from elsewhere (backports, say), and does not go with these, has been removed for them.
+        mapfile -t lost < <(lacking "$@")
+        if [ ${#lost[@]} -gt 0 ]; then
+            apt_install "${lost[@]}"
+        fi
+        mapfile -t lost < <(lacking "$@")
+        [ ${#lost[@]} -eq 0 ] || fail "apt does not install ${lost[*]} beside the others; see what it says of them"
     fi
     if [ "$tests" = yes ] && ! knows_kernel; then
         fail "apt offers no $KERNEL, which the test guest boots; add Debian's main suite to its sources"
     fi
+}
+
+# Those of the packages that are not installed.
+lacking() {
+    local package
+    for package in "$@"; do
+        installed "$package" || echo "$package"
+    done
+}
+
+# Uses the caller's `as_root`.
+apt_install() {
+    say "installing $*"
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get -qq install --yes --no-install-recommends "$@" >/dev/null
 }
 
 installed() {

@@ -168,14 +168,19 @@ pub struct SourceGuestArgs {
     /// Control socket of a running `hybridmig guest`.
     #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
     pub workload: Option<PathBuf>,
+    /// A running Xen domain, by name or number; root in dom0 (docs/xen.md).
+    #[cfg(feature = "xen")]
+    #[arg(long, value_name = "DOMAIN")]
+    pub xen: Option<String>,
 }
 
-/// Which disks of a QEMU move.
+/// Which disks of a QEMU move; those of a Xen domain never do.
 #[derive(Clone, Debug, Args)]
 pub struct DiskArgs {
     /// What becomes of a disk, by the name that `hybridmig check` shows (or `all`): `skip` it (it lies on
     /// storage that both hosts reach), `copy` all of it before the guest resumes, or a share of it from 0
-    /// to 1 [default: every disk moves, what was accessed lately before the guest resumes].
+    /// to 1 [default: every disk moves, what was accessed lately before the guest resumes]. Disks of a Xen domain
+    /// can only be skipped, and have to be.
     #[arg(long = "disk", value_name = "NAME=WHAT")]
     pub disks: Vec<DiskOption>,
 }
@@ -271,6 +276,10 @@ pub struct DestinationGuestArgs {
     /// Start an embedded guest whose control socket is this path.
     #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
     pub workload: Option<PathBuf>,
+    /// Let Xen's toolstack make the domain that comes; root in dom0 (docs/xen.md).
+    #[cfg(feature = "xen")]
+    #[arg(long)]
+    pub xen: bool,
     /// Go on for a `recv` that was killed while blocks were missing: the folder that it left in its
     /// state directory (`hybridmig resolve` names it). Listen where it did: the source dials again.
     #[arg(long, value_name = "DIR", conflicts_with = "seed", value_hint = ValueHint::DirPath)]
@@ -475,7 +484,8 @@ pub struct ResolveArgs {
     pub session: Option<SessionId>,
     /// Run the guest on this host (source only). Legal only when it runs nowhere else: the
     /// destination's `hybridmig resolve` must say that it never accepted, or the host must be off.
-    #[arg(long, requires = "session", requires = "guest")]
+    /// A Xen domain whose sender was killed before it offered the domain to anybody has no session.
+    #[arg(long, requires = "guest")]
     pub run_here: bool,
     /// Confirms `--run-here`: nobody can undo a guest that has run twice.
     #[arg(long)]
@@ -498,6 +508,10 @@ pub struct ResolveGuestArgs {
     /// Control socket of the frozen embedded guest.
     #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
     pub workload: Option<PathBuf>,
+    /// The suspended Xen domain, by name or number.
+    #[cfg(feature = "xen")]
+    #[arg(long, value_name = "DOMAIN")]
+    pub xen: Option<String>,
 }
 
 fn mode(text: &str) -> Result<Mode, String> {

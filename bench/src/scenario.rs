@@ -25,6 +25,10 @@ pub const EMBEDDED: &[(&str, &str)] = &[
         "programs-disk",
         include_str!("../scenarios/programs-disk.toml"),
     ),
+    (
+        "programs-shares",
+        include_str!("../scenarios/programs-shares.toml"),
+    ),
 ];
 
 /// A scenario.

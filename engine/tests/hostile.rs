@@ -238,7 +238,9 @@ proptest! {
                             SourceInput::Tracking(all.collect())
                         }
                         SourceCommand::Scan => SourceInput::Dirty(Blocks::new()),
-                        SourceCommand::Freeze => SourceInput::Frozen,
+                        SourceCommand::Freeze => SourceInput::Frozen {
+                            needed: Blocks::default(),
+                        },
                         SourceCommand::SaveState => SourceInput::StateSaved {
                             len: 10,
                             hash: [0; 32],

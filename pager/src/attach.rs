@@ -86,12 +86,7 @@ pub fn recover(pid: u32) -> Result<Attached> {
             return Ok(Attached { uffd, target_fd });
         }
     }
-    Err(PagerError::Attach {
-        pid,
-        reason: "it holds no userfaultfd that a pager has armed; if it was paged before, its \
-                 missing memory is lost and it must not run on"
-            .into(),
-    })
+    Err(PagerError::NoTrap { pid })
 }
 
 fn call(pid: u32, syscall: Syscall, what: &str) -> Result<u64> {

@@ -131,6 +131,16 @@ pub enum PagerError {
         reason: String,
     },
 
+    /// The guest's process has no userfaultfd that a pager has armed.
+    #[error(
+        "process {pid} holds no userfaultfd that a pager has armed; if it was paged before and blocks were missing, \
+         they are lost and it must not run on"
+    )]
+    NoTrap {
+        /// Process id.
+        pid: u32,
+    },
+
     /// Pages that must be absent are still present after a hole was punched.
     #[error(
         "{count} pages of region {region} are still present after they were discarded \

@@ -12,6 +12,7 @@
 //!   not current, traps access to it, places what arrives and says who waits;
 //! - [`MissingMap`] outlives a pager that is killed, [`Placer::take_over`] is how the next one goes on;
 //! - [`disk`]: a disk image that the guest runs on while blocks are missing, and an NBD server over it;
+//! - [`xen`]: the same for a Xen domain, by the hypervisor's own paging;
 //! - [`kernel::probe`] says what this host can do.
 
 mod accessed;
@@ -34,6 +35,7 @@ mod stats;
 mod track;
 pub mod uffd;
 mod words;
+pub mod xen;
 
 pub use accessed::{Accesses, FAULT, MAX_PAGES, PAGES_PER_SECOND, SamplingStats};
 pub use error::{PagerError, Result};

@@ -507,13 +507,13 @@ impl fmt::Debug for Shared {
 pub(crate) struct Bell(pub(crate) OwnedFd);
 
 impl Bell {
-    fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map(Self)
             .map_err(|error| PagerError::os("eventfd", error))
     }
 
-    fn ring(&self) {
+    pub(crate) fn ring(&self) {
         // Fails only when the counter is full, and then it has been rung.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }

@@ -331,7 +331,10 @@ impl Uffd {
             start: address,
             len,
         };
-        self.ioctl(UFFDIO_UNREGISTER, &mut range)
+        self.ioctl(UFFDIO_UNREGISTER, &mut range)?;
+        // The kernel wakes the waiting threads before it locks out those that are about to wait under the lock of
+        // their mapping alone (seen on Linux 6.18): such a thread would wait for ever. By now it is in the queue.
+        self.wake(address, len)
     }
 
     /// Lets who waits in the range try again.
@@ -492,7 +495,11 @@ pub(crate) fn create_by_device(device: BorrowedFd<'_>) -> std::result::Result<Ow
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::{Duration, Instant};
+
     use super::*;
+    use crate::words::Words;
 
     #[test]
     fn request_numbers_are_those_of_the_kernel_header() {
@@ -516,5 +523,57 @@ mod tests {
         uffd.handshake(Features::MISSING_SHMEM).unwrap();
         let error = uffd.handshake(Features::TRACKING).unwrap_err();
         assert!(error.to_string().contains("WP_ASYNC"), "{error}");
+    }
+
+    /// Whether the thread that touches the page gets it within `patience`.
+    fn wait_for(done: &AtomicU64, round: u64, patience: Duration) -> bool {
+        let began = Instant::now();
+        while done.load(Ordering::SeqCst) != round {
+            if began.elapsed() > patience {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+        true
+    }
+
+    #[test]
+    fn whoever_begins_to_wait_while_the_trap_goes_is_woken() {
+        let file = rustix::fs::memfd_create("uffd-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, crate::PAGE_SIZE as u64).unwrap();
+        let memory = Words::map(&file.into(), 0, crate::PAGE_SIZE / 8).unwrap();
+        let (base, len) = (memory.slice().as_ptr() as u64, crate::PAGE_SIZE as u64);
+        let uffd = Uffd::for_this_process(true).unwrap();
+        uffd.handshake(Features::MISSING_SHMEM).unwrap();
+        let (turn, done) = (AtomicU64::new(0), AtomicU64::new(0));
+        const END: u64 = u64::MAX;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut seen = 0;
+                while seen != END {
+                    let next = turn.load(Ordering::SeqCst);
+                    if next != seen {
+                        memory.slice()[0].load(Ordering::SeqCst);
+                        done.store(next, Ordering::SeqCst);
+                    }
+                    seen = next;
+                }
+            });
+            let left_waiting = (1..=2000).find(|&round| {
+                uffd.register(base, len, RegisterMode::Missing).unwrap();
+                // SAFETY: the page of the mapping made above; it becomes a hole, and reads as zero.
+                let removed = unsafe { libc::madvise(base as _, len as _, libc::MADV_REMOVE) };
+                assert_eq!(removed, 0);
+                turn.store(round, Ordering::SeqCst);
+                for _ in 0..round % 50 * 10 {
+                    std::hint::spin_loop();
+                }
+                uffd.unregister(base, len).unwrap();
+                !wait_for(&done, round, Duration::from_secs(10))
+            });
+            turn.store(END, Ordering::SeqCst);
+            uffd.wake(base, len).unwrap(); // or it would be left waiting now
+            assert_eq!(left_waiting, None, "a thread was left waiting for a page");
+        });
     }
 }

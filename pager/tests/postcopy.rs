@@ -103,8 +103,11 @@ fn threads_fault_while_blocks_are_pushed() {
         Err(PagerError::StillMissing { .. })
     ));
     guest.process.send(&format!("verify {SEED} 4"));
+    // Nothing is pushed before somebody waits.
+    let first = faults.recv_timeout(Duration::from_secs(60)).unwrap();
     let finished = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        placer.place(0, first, &page(first)).unwrap();
         for half in 0..2 {
             let placer = &placer;
             scope.spawn(move || {

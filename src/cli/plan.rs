@@ -8,6 +8,12 @@ use clap::{Args, ValueHint};
 use super::{DiskArgs, TrustArgs};
 use crate::units;
 
+/// What may be named instead of a QEMU.
+#[cfg(feature = "xen")]
+const GUESTS: [&str; 3] = ["workload", "profile", "xen"];
+#[cfg(not(feature = "xen"))]
+const GUESTS: [&str; 2] = ["workload", "profile"];
+
 /// `hybridmig plan`.
 #[derive(Clone, Debug, Args)]
 pub struct PlanArgs {
@@ -16,12 +22,16 @@ pub struct PlanArgs {
         long,
         value_name = "SOCKET",
         value_hint = ValueHint::FilePath,
-        required_unless_present_any = ["workload", "profile"]
+        required_unless_present_any = GUESTS
     )]
     pub qmp: Option<PathBuf>,
     /// Control socket of a running `hybridmig guest`, which is watched for a while.
     #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath, conflicts_with = "qmp")]
     pub workload: Option<PathBuf>,
+    /// A running Xen domain, by name or number.
+    #[cfg(feature = "xen")]
+    #[arg(long, value_name = "DOMAIN", conflicts_with_all = ["qmp", "workload", "profile"])]
+    pub xen: Option<String>,
     /// A profile that `hybridmig profile --json` has saved, instead of watching.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with_all = ["qmp", "workload"])]
     pub profile: Option<PathBuf>,

@@ -35,6 +35,10 @@ pub struct ProfileOfArgs {
     /// Control socket of a running `hybridmig guest`.
     #[arg(long, value_name = "SOCKET", value_hint = ValueHint::FilePath)]
     pub workload: Option<PathBuf>,
+    /// A running Xen domain, by name or number.
+    #[cfg(feature = "xen")]
+    #[arg(long, value_name = "DOMAIN")]
+    pub xen: Option<String>,
     /// Show the profile that was saved in this file.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub load: Option<PathBuf>,

@@ -64,6 +64,11 @@ fn local(args: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
     if let Some(socket) = &args.guest.qmp {
         return Ok(inspect(socket, Side::Source, &args.disks.choice())?.findings);
     }
+    #[cfg(feature = "xen")]
+    if let Some(domain) = &args.guest.xen {
+        let guest = hybridmig_engine::guest::xen::XenSource::open(domain, &args.disks.choice())?;
+        return Ok(guest.findings().to_vec());
+    }
     let guest = open(&args.guest, args.disks.choice())?;
     let facts = guest.describe();
     let text = format!(

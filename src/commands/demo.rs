@@ -113,7 +113,7 @@ impl Demo {
                 Ok(ExitCode::SUCCESS)
             }
             Some(verified) => bail!(
-                "the guest found wrong contents at the destination: {}",
+                "the guest's check of its contents failed at the destination: {}",
                 verified
                     .error
                     .unwrap_or_else(|| format!("hybridmig recv ended with {received}"))

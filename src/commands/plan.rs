@@ -92,6 +92,8 @@ fn guest(args: &PlanArgs) -> anyhow::Result<Looked> {
     let named = SourceGuestArgs {
         qmp: args.qmp.clone(),
         workload: args.workload.clone(),
+        #[cfg(feature = "xen")]
+        xen: args.xen.clone(),
     };
     let guest = open(&named, args.disks.choice())?;
     let profile = profile::watch(guest.as_ref(), args.watch, args.json)?;

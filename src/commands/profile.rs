@@ -22,6 +22,8 @@ pub fn run(args: ProfileArgs) -> anyhow::Result<ExitCode> {
         let named = SourceGuestArgs {
             qmp: args.of.qmp.clone(),
             workload: args.of.workload.clone(),
+            #[cfg(feature = "xen")]
+            xen: args.of.xen.clone(),
         };
         let guest = open(&named, args.disks.choice())?;
         watch_all(&*guest, args.seconds, false)?

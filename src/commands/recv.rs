@@ -176,6 +176,15 @@ fn adopt(
             missing,
         });
     }
+    #[cfg(feature = "xen")]
+    if hybridmig_engine::guest::xen::XenDestination::is_kept_in(folder) {
+        use hybridmig_engine::guest::xen::XenDestination;
+        let (guest, missing) = XenDestination::adopt(folder, faults, note)?;
+        return Ok(TakenOver {
+            guest: Arc::new(guest),
+            missing,
+        });
+    }
     let (guest, missing) = QemuDestination::adopt(folder, faults, note)?;
     Ok(TakenOver {
         guest: Arc::new(guest),
@@ -212,6 +221,13 @@ fn read_seeds(files: &[PathBuf], quiet: bool) -> anyhow::Result<Option<Seeds>> {
 
 fn open(args: &RecvArgs, kept: &Path) -> anyhow::Result<Arc<dyn DestinationGuest>> {
     let guest = &args.guest;
+    #[cfg(feature = "xen")]
+    if guest.xen {
+        let kept = Some(kept.to_owned());
+        return Ok(Arc::new(hybridmig_engine::guest::xen::XenDestination::new(
+            kept,
+        )));
+    }
     let origin = match (&guest.qmp, &guest.exec, &guest.workload) {
         (Some(qmp), _, _) => QemuOrigin::Waiting(qmp.clone()),
         (_, Some(command), _) => QemuOrigin::Exec(command.clone()),

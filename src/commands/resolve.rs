@@ -23,8 +23,10 @@ use crate::units::show_time;
 pub fn run(args: ResolveArgs) -> anyhow::Result<ExitCode> {
     let directory = state_dir(args.state_dir.as_deref())?;
     if args.run_here {
-        let session = args.session.expect("clap wants it with --run-here");
-        return run_here(&args, &directory, session);
+        return match args.session {
+            Some(session) => run_here(&args, &directory, session),
+            None => run_unoffered(&args, &directory),
+        };
     }
     let mut shown = 0;
     for (session, side, path) in journal::list(&directory)? {
@@ -78,7 +80,7 @@ fn show_source(path: &Path, session: SessionId, always: bool) -> anyhow::Result<
                 "IN DOUBT: ownership was sent and no answer is recorded. Run `hybridmig resolve \
                  {session}` at the destination. If it says that it never accepted, or that host is \
                  off for good: hybridmig resolve {session} --run-here --it-does-not-run-there \
-                 --qmp SOCKET (or --workload SOCKET). If the guest runs there, running it here \
+                 --qmp SOCKET (or --workload SOCKET, --xen DOMAIN). If the guest runs there, running it here \
                  too would corrupt what both write to"
             ),
         }
@@ -172,7 +174,61 @@ fn run_here(args: &ResolveArgs, directory: &Path, session: SessionId) -> anyhow:
             })?;
         }
     }
-    let guest: Box<dyn SourceGuest> = match (&args.guest.qmp, &args.guest.workload) {
+    frozen_guest(args)?
+        .thaw()
+        .context("the guest could not be started; the decision is recorded")?;
+    println!("the guest of session {session} runs here");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs a guest that a sender left frozen which ended before it offered the guest to anybody, and so left no journal.
+/// For Xen domains: a process that holds a QEMU or an embedded guest frozen is asked by other means.
+fn run_unoffered(args: &ResolveArgs, directory: &Path) -> anyhow::Result<ExitCode> {
+    if args.guest.qmp.is_some() || args.guest.workload.is_some() {
+        bail!("--run-here needs the session: `hybridmig resolve` lists those that are not settled");
+    }
+    // It holds the domain: no sender is at work on it any more.
+    let guest = frozen_guest(args)?;
+    let name = &guest.describe().name;
+    for (session, side, path) in journal::list(directory)? {
+        if side != Side::Source {
+            continue;
+        }
+        let recorded = Journal::<SourceRecord>::read(&path)?;
+        let open = matches!(
+            recorded.last(),
+            Some(SourceRecord::HandoverOffered { .. } | SourceRecord::Accepted)
+        );
+        if open
+            && recorded
+                .context
+                .is_none_or(|context| context.guest == *name)
+        {
+            bail!(
+                "session {session} has offered '{name}' to another host: see `hybridmig resolve {session}`"
+            );
+        }
+    }
+    if !args.it_does_not_run_there {
+        bail!(
+            "no session in {} has offered '{name}' to another host. If that is the state directory of the `send` that \
+             was killed, and '{name}' runs nowhere else, add --it-does-not-run-there",
+            directory.display()
+        );
+    }
+    guest.thaw()?;
+    println!("'{name}' runs here");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The guest that was left frozen.
+fn frozen_guest(args: &ResolveArgs) -> anyhow::Result<Box<dyn SourceGuest>> {
+    #[cfg(feature = "xen")]
+    if let Some(domain) = &args.guest.xen {
+        use hybridmig_engine::guest::xen::XenSource;
+        return Ok(Box::new(XenSource::left_suspended(domain)?));
+    }
+    Ok(match (&args.guest.qmp, &args.guest.workload) {
         (Some(socket), _) => {
             // Nothing is to move any more, and nothing about disks may stand in the way.
             let options = QemuSourceOptions {
@@ -182,11 +238,6 @@ fn run_here(args: &ResolveArgs, directory: &Path, session: SessionId) -> anyhow:
             Box::new(QemuSource::open(socket, &options)?)
         }
         (_, Some(control)) => Box::new(WorkloadSource::attach(control)?),
-        (None, None) => unreachable!("clap wants one of the two with --run-here"),
-    };
-    guest
-        .thaw()
-        .context("the guest could not be started; the decision is recorded")?;
-    println!("the guest of session {session} runs here");
-    Ok(ExitCode::SUCCESS)
+        (None, None) => unreachable!("clap wants one of them with --run-here"),
+    })
 }

@@ -110,6 +110,12 @@ pub fn run(args: SendArgs) -> anyhow::Result<ExitCode> {
 /// Attaches to the guest that the operator means. It must run: what stands still may have been handed over already,
 /// and the end of tracking lets a guest run. (Of a QEMU the preflight sees to that.)
 pub fn open(args: &SourceGuestArgs, disks: DiskChoice) -> anyhow::Result<Arc<dyn SourceGuest>> {
+    #[cfg(feature = "xen")]
+    if let Some(domain) = &args.xen {
+        return Ok(Arc::new(hybridmig_engine::guest::xen::XenSource::open(
+            domain, &disks,
+        )?));
+    }
     match (&args.qmp, &args.workload) {
         (Some(qmp), _) => Ok(Arc::new(QemuSource::open(
             qmp,
@@ -129,7 +135,7 @@ pub fn open(args: &SourceGuestArgs, disks: DiskChoice) -> anyhow::Result<Arc<dyn
             }
             Ok(Arc::new(guest))
         }
-        (None, None) => unreachable!("clap wants one of the two"),
+        (None, None) => unreachable!("clap wants one of them"),
     }
 }
 

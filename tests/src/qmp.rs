@@ -38,8 +38,13 @@ impl Qmp {
 
     /// Runs a command and returns what it returned.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        let request = json!({ "execute": command, "arguments": arguments });
-        writeln!(self.stream.get_mut(), "{request}").context("the monitor is gone")?;
+        let mut request = json!({ "execute": command, "arguments": arguments }).to_string();
+        // In one piece: QEMU obeys at the closing brace, and after `quit` takes nothing more.
+        request.push('\n');
+        let stream = self.stream.get_mut();
+        stream
+            .write_all(request.as_bytes())
+            .context("the monitor is gone")?;
         loop {
             let mut answer = self.read()?;
             if answer.get("event").is_some() {

@@ -3,6 +3,7 @@
 //! and no wrong block, and run on an ordinary local image in the end, with nothing of ours under it.
 
 use std::fs::File;
+use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use hybridmig_engine::report::Report;
 use hybridmig_tests::disk::{image, operations, ticks, wait_sweeps};
-use hybridmig_tests::migration::{Host, PATIENCE, Recv, TEST_LINK, relay};
+use hybridmig_tests::migration::{Host, PATIENCE, Recv, Send, TEST_LINK, relay};
 use hybridmig_tests::{Vm, VmConfig, console};
 use serde_json::json;
 use tempfile::TempDir;
@@ -271,8 +272,45 @@ fn a_killed_receiver_is_followed_by_another() -> Result<()> {
     let mut send = a.send(b, relay.local_addr(), words)?;
     recv.process.wait_for_stderr("post-copy: ", PATIENCE)?;
     // It serves for a while first: what was answered then must hold.
-    wait_ops(&scene.destination, 50)?;
+    wait_ops(&scene.destination, 10)?;
     recv.process.kill()?;
+    follow_a_killed_receiver(&scene, address, &mut send)?;
+    let report = send.report()?;
+    let kinds = report.kinds.context("memory and storage apart")?;
+    ensure!(kinds.storage.post_copy_bytes > 0, "{kinds:?}");
+    relay.stop();
+    scene.alive_and_right()
+}
+
+/// The receiver is killed when everything is here and memory has been let go of, but the source has not been told and
+/// the guest's disks are still ours in part: another one brings that to its end.
+#[test]
+fn a_receiver_killed_while_it_finishes_is_followed_by_another() -> Result<()> {
+    let mut scene = Scene::new(Checks::Root)?;
+    let mut recv = scene.recv(&[])?;
+    let address = recv.address;
+    let relay = relay(address, TEST_LINK, 7)?;
+    let qmp = scene.source.qmp_socket().display().to_string();
+    let (a, b) = &scene.hosts;
+    let mut send = a.send(b, relay.local_addr(), ["--qmp", &qmp, "--mode", "postcopy"])?;
+    recv.process.wait_for_stderr("post-copy: ", PATIENCE)?;
+    // Whoever else uses a node of ours keeps it from being removed.
+    let control = scene.destination.control();
+    control.execute(
+        "blockdev-add",
+        json!({ "driver": "raw", "node-name": "another-user", "file": "hybridmig-disk-1", "read-only": true }),
+    )?;
+    recv.process.wait_for_stderr("trying again", MOVE)?;
+    recv.process.kill()?;
+    control.execute("blockdev-del", json!({ "node-name": "another-user" }))?;
+    follow_a_killed_receiver(&scene, address, &mut send)?;
+    relay.stop();
+    scene.alive_and_right()
+}
+
+/// Does what `resolve` says after a receiver at this address was killed, until both sides have ended well.
+fn follow_a_killed_receiver(scene: &Scene, address: SocketAddr, send: &mut Send) -> Result<()> {
+    let (a, b) = &scene.hosts;
     let (_, said) = b.resolve(&[])?;
     let folder = said
         .split("--take-over ")
@@ -284,11 +322,7 @@ fn a_killed_receiver_is_followed_by_another() -> Result<()> {
         .with_context(|| second.process.stderr().tail(30))?;
     second.process.succeed(PATIENCE)?;
     ensure!(!Path::new(folder).exists(), "{folder} is left");
-    let report = send.report()?;
-    let kinds = report.kinds.context("memory and storage apart")?;
-    ensure!(kinds.storage.post_copy_bytes > 0, "{kinds:?}");
-    relay.stop();
-    scene.alive_and_right()
+    Ok(())
 }
 
 /// Waits until the guest here has done so many more operations on its disk.

@@ -1,65 +1,74 @@
 #!/usr/bin/env bash
 # Builds what the Xen lab boots, from Debian's packages and Debian's source of Xen alone.
 #
-#   tests/xen-lab/build.sh OUTDIR [stock|paging]     `paging`, the default, builds the hypervisor as well: some minutes
+#   tests/xen-lab/build.sh OUTDIR [PART…]
+#
+# PARTs are `paging`, a hypervisor with memory paging (some minutes), and `hvm`, what HVM guests need.
 #
 # OUTDIR/xen             Debian's hypervisor
 # OUTDIR/xen-paging      the same, of Debian's source, with memory paging
 # OUTDIR/dom0-vmlinuz    dom0's kernel
 # OUTDIR/dom0.cpio       dom0's root: the toolstack, busybox, tests/xen-lab/dom0
+# OUTDIR/hvm.tar         what dom0 needs beside it for HVM guests: QEMU, firmware
 # OUTDIR/guest-vmlinuz   the PVH guest's kernel, and
 # OUTDIR/guest.cpio      its root, with the memory checker of tests/guest
 #
 # Each part is made again only when what it is made of has changed. Needs no root; installs nothing.
 set -euo pipefail
 
-# The toolstack, and what its programs load.
-PACKAGES=(xen-hypervisor-4.17-amd64 xen-utils-4.17 xen-utils-common xenstore-utils)
+lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$lab/../.." && pwd)
+# shellcheck source=scripts/packing.sh
+. "$root/scripts/packing.sh"
+
+# The toolstack, what its programs load, and what carries `xl migrate` where ssh would.
+PACKAGES=(xen-hypervisor-4.17-amd64 xen-utils-4.17 xen-utils-common xenstore-utils socat)
+# The device model of HVM guests, and its firmware.
+HVM_PACKAGES=(qemu-system-xen qemu-system-data seabios)
 # What dom0 runs; `xen` is where Debian keeps the version's own programs.
 PROGRAMS=(usr/lib/xen-4.17/bin/xl usr/lib/xen-4.17/bin/xen-init-dom0 usr/lib/xen-4.17/bin/xenconsoled
     usr/lib/xen-4.17/bin/xenstored usr/lib/xen-4.17/bin/libxl-save-helper usr/lib/xen-4.17/bin/xenconsole
-    usr/bin/xenstore-ls usr/bin/xenstore-read usr/bin/xenstore-write)
+    usr/bin/xenstore-ls usr/bin/xenstore-read usr/bin/xenstore-write usr/bin/socat)
 # In the order of their dependencies; a name that the kernel has built in is passed over.
-MODULES=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci netfs fscache 9pnet 9pnet_virtio 9p e1000
-    xen-privcmd xenfs xen-gntdev xen-gntalloc xen-evtchn)
+MODULES=(virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci netfs fscache 9pnet 9pnet_virtio 9p
+    e1000 xen-privcmd xenfs xen-gntdev xen-gntalloc xen-evtchn loop llc stp bridge xen-blkback
+    xen-netback)
 # The newest source that the mirrors have and that was tried. The packages' tools work on it.
 SOURCE=xen=4.17.5+72-g01140da4e8-1
-LIBRARIES=lib/x86_64-linux-gnu
 
 main() {
-    if [ $# -lt 1 ] || [ $# -gt 2 ]; then
-        echo "usage: tests/xen-lab/build.sh OUTDIR [stock|paging]" >&2
+    if [ $# -lt 1 ]; then
+        echo "usage: tests/xen-lab/build.sh OUTDIR [paging] [hvm]" >&2
         exit 2
     fi
-    lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-    root=$(cd "$lab/../.." && pwd)
-    mkdir -p "$1"
-    out=$(cd "$1" && pwd)
-    exec 9>"$out/lock"
-    flock 9
-    work=$(mktemp -d "$out/work.XXXXXX")
-    trap 'rm -rf "$work"' EXIT
-    part packages /dev/null
-    part dom0 "$lab"/dom0/*
-    part guest "$root/scripts/guest-image.sh" "$root"/tests/guest/*
-    if [ "${2:-paging}" = paging ]; then
-        part hypervisor /dev/null
-    fi
+    workshop "$1" lock
+    shift
+    part packages "${PACKAGES[*]}"
+    part dom0 "${PROGRAMS[*]} ${MODULES[*]}" "$out/packages.stamp" "$lab"/dom0/init "$lab"/dom0/scripts/*
+    part guest '' "$root/scripts/guest-image.sh" "$root"/tests/guest/* "$lab/guest-init"
+    local name
+    for name in "$@"; do
+        case $name in
+            paging) part hypervisor "$SOURCE" ;;
+            hvm) part hvm "${HVM_PACKAGES[*]}" "$out/packages.stamp" ;;
+            *) echo "xen lab: no part $name" >&2 && exit 2 ;;
+        esac
+    done
 }
 
-# Makes a part unless what it is made of is what it was.
+# Makes the part $1 unless what it is made of (the names $2, the files that follow, and these scripts) is what it was.
 part() {
-    local name=$1 stamp
-    shift
-    stamp=$( (declare -f "make_$name" closure unpack libraries archive; printf "%s " "${PACKAGES[@]}" "${PROGRAMS[@]}" "${MODULES[@]}" "$SOURCE"; cat "$@") | sha256sum)
-    if [ "$(cat "$out/$name.stamp" 2>&1)" = "$stamp" ]; then
+    local name=$1 names=$2 stamp
+    shift 2
+    stamp=$(cat "$root/scripts/packing.sh" "$@" <(declare -f "make_$name") <(echo "$names") | sha256sum)
+    if is_current "$out/$name.stamp" "$out/$name.stamp" "$stamp"; then
         return
     fi
     echo "xen lab: making $name" >&2
     rm -f "$out/$name.stamp"
     # Not in a condition: there a step that fails would not end it.
     set +e
-    (set -e && "make_$name") 2>"$work/$name.log"
+    (set -e && trap - EXIT && "make_$name") 2>"$work/$name.log"
     local code=$?
     set -e
     if [ $code != 0 ]; then
@@ -70,26 +79,6 @@ part() {
     echo "$stamp" >"$out/$name.stamp"
 }
 
-# Names of packages with all that they depend on, as far as apt knows them.
-closure() {
-    apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces --no-enhances "$@" |
-        grep '^[a-z0-9]' | sort -u
-}
-
-# Downloads packages into a folder and unpacks them into another.
-unpack() {
-    local debs=$1 into=$2 name deb
-    shift 2
-    mkdir -p "$debs" "$into"
-    for name in "$@"; do
-        # Names that apt only knows as provided by others fail; what is missing in the end is seen then.
-        (cd "$debs" && apt-get -qq -o APT::Sandbox::User="$(id -un)" download "$name" 2>&1) || true
-    done >&2
-    for deb in "$debs"/*.deb; do
-        dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$into" --no-same-owner --keep-directory-symlink
-    done
-}
-
 # Downloads the toolstack and dom0's kernel.
 make_packages() {
     local names kernel
@@ -98,10 +87,10 @@ make_packages() {
         return 1
     }
     rm -rf "$out/unpacked"
-    names=$(closure "${PACKAGES[@]}" | grep '^\(lib\|xen\|zlib\)')
+    names=$(closure "${PACKAGES[@]}" | grep '^\(lib\|xen\|zlib\|socat\)')
     # shellcheck disable=SC2086
     unpack "$work/debs" "$work/unpacked" $names
-    kernel=$(apt-cache depends linux-image-amd64 | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -n 1)
+    kernel=$(newest_kernel linux-image-amd64)
     unpack "$work/kernel" "$work/unpacked" "$kernel"
     gunzip -c "$work"/unpacked/boot/xen-4.17-amd64.gz >"$out/xen"
     cp "$work"/unpacked/boot/vmlinuz-* "$out/dom0-vmlinuz"
@@ -110,77 +99,55 @@ make_packages() {
 
 # The root of dom0.
 make_dom0() {
-    local tree=$work/dom0 unpacked=$out/unpacked program module path loader
-    mkdir -p "$tree"/{bin,sbin,dev,proc,sys,run,tmp,var/lib/xen,var/lib/xenstored,var/log/xen/console,etc/xen,modules,usr/lib,lib64} \
-        "$tree/$LIBRARIES"
+    local tree=$work/dom0 unpacked=$out/unpacked
+    mkdir -p "$tree"/{bin,sbin,dev,proc,sys,run,tmp,var/lib/xen,var/lib/xenstored,var/log/xen/console,etc/xen,modules,usr/lib}
     cp "$(command -v busybox)" "$tree/bin/busybox"
-    cp "$lab"/dom0/* "$tree/"
+    cp "$lab/dom0/init" "$tree/"
     ln -s ../run "$tree/var/run"
     chmod 755 "$tree/init"
-    loader=$(find "$unpacked" -name 'ld-linux-x86-64.so.2' -type f | head -n 1)
-    cp "$loader" "$tree/lib64/ld-linux-x86-64.so.2"
-    mkdir -p "$tree/usr/lib/xen-4.17/bin"
-    for program in "${PROGRAMS[@]}"; do
-        mkdir -p "$tree/$(dirname "$program")"
-        cp -L "$unpacked/$program" "$tree/$program"
-        libraries "$loader" "$unpacked" "$unpacked/$program" "$tree/$LIBRARIES"
-    done
-    # Opened at run time: for threads that end.
-    cp -L "$unpacked/$LIBRARIES/libgcc_s.so.1" "$tree/$LIBRARIES/"
-    cp -r "$unpacked/etc/xen/scripts" "$tree/etc/xen/"
-    for module in "${MODULES[@]}"; do
-        path=$(find "$unpacked/lib/modules" -name "$module.ko" | head -n 1)
-        if [ -n "$path" ]; then
-            cp "$path" "$tree/modules/"
-            echo "$module" >>"$tree/modules/order"
-        elif ! grep -q "/$module.ko$" "$unpacked"/lib/modules/*/modules.builtin; then
-            echo "dom0's kernel has no module $module" >&2
-            return 1
-        fi
-    done
+    # xl complains without one.
+    touch "$tree/etc/xen/xl.conf"
+    KEEP_PATHS=1 take_programs "$unpacked" "$tree" "${PROGRAMS[@]}"
+    # Opened at run time, for threads that end; and what hybridmig loads beside Xen's libraries.
+    cp -L "$unpacked"/lib/x86_64-linux-gnu/{libgcc_s.so.1,libm.so.6} "$tree/lib/x86_64-linux-gnu/"
+    # Debian's own want bash.
+    mkdir "$tree/etc/xen/scripts"
+    cp "$lab"/dom0/scripts/* "$tree/etc/xen/scripts/"
+    chmod 755 "$tree"/etc/xen/scripts/*
+    take_modules "$unpacked" "$tree/modules" "${MODULES[@]}"
     archive "$tree" "$out/dom0.cpio"
 }
 
-# Copies the libraries that a program loads.
-libraries() {
-    local loader=$1 from=$2 program=$3 to=$4 found
-    found=$("$loader" --library-path "$from/$LIBRARIES:$from/usr/$LIBRARIES:$from/usr/lib/xen-4.17/lib/x86_64-linux-gnu" --list "$program") || {
-        # A static program has none.
-        return 0
-    }
-    if grep 'not found' <<<"$found" >&2; then
-        echo "$program needs libraries that are in none of the packages" >&2
-        return 1
-    fi
-    sed -n 's/^.* => \(\/[^ ]*\) .*$/\1/p' <<<"$found" | while read -r library; do
-        cp -L "$library" "$to/"
-    done
-}
-
-archive() {
-    (cd "$1" && find . -print0 | sort -z | cpio --quiet --null --create --format=newc --owner=+0:+0) >"$work/archive"
-    mv "$work/archive" "$2"
-}
-
-# The guest: the kernel of the other test guest, which starts under Xen by PVH as well, and the same memory checker.
+# The guest: the kernel of the other test guest, which starts under Xen by PVH as well, and its root with another init.
 make_guest() {
     local tree=$work/guest
     "$root/scripts/guest-image.sh" "$out/guest-image" >&2
     cp "$out/guest-image/vmlinuz" "$out/guest-vmlinuz"
-    mkdir -p "$tree"/{bin,dev,proc,sys}
-    cp "$(command -v busybox)" "$tree/bin/busybox"
-    "${RUSTC:-rustc}" --edition 2024 -O -C target-feature=+crt-static -C strip=symbols -C panic=abort \
-        -o "$tree/bin/memcheck" "$root/tests/guest/memcheck.rs" >&2
-    cat >"$tree/init" <<'INIT'
-#!/bin/busybox sh
-/bin/busybox mount -t proc proc /proc
-/bin/busybox mount -t sysfs sysfs /sys
-/bin/busybox mount -t devtmpfs devtmpfs /dev
-/bin/busybox stty -F /dev/hvc0 -echo
-exec /bin/memcheck </dev/hvc0 >/dev/hvc0 2>&1
-INIT
-    chmod 755 "$tree/init" "$tree/bin/busybox"
-    archive "$tree" "$out/guest.cpio"
+    mkdir -p "$tree"
+    cp "$lab/guest-init" "$tree/init"
+    chmod 755 "$tree/init"
+    cp -r "$out/guest-image/xen-modules" "$tree/"
+    archive "$tree" "$work/overlay"
+    # The kernel unpacks one archive after the other.
+    cat "$out/guest-image/initramfs" "$work/overlay" >"$work/guest.cpio"
+    mv "$work/guest.cpio" "$out/guest.cpio"
+}
+
+# QEMU as Xen's device model, with what it and hvmloader load.
+make_hvm() {
+    local tree=$work/hvm unpacked=$out/unpacked names name
+    names=$(closure "${HVM_PACKAGES[@]}" | grep '^lib')
+    # shellcheck disable=SC2086
+    unpack "$work/debs" "$work/unpacked" "${HVM_PACKAGES[@]}" $names
+    KEEP_PATHS=1 take_programs "$work/unpacked" "$tree" usr/libexec/xen-qemu-system-i386
+    mkdir -p "$tree"/usr/share/{qemu/keymaps,seabios} "$tree/usr/lib/xen-4.17/boot"
+    for name in linuxboot_dma.bin linuxboot.bin kvmvapic.bin keymaps/en-us; do
+        cp -L "$work/unpacked/usr/share/qemu/$name" "$tree/usr/share/qemu/$name"
+    done
+    cp -L "$work/unpacked/usr/share/seabios/bios-256k.bin" "$tree/usr/share/seabios/"
+    cp "$unpacked/usr/lib/xen-4.17/boot/hvmloader" "$tree/usr/lib/xen-4.17/boot/"
+    tar -C "$tree" -cf "$work/hvm.tar" .
+    mv "$work/hvm.tar" "$out/hvm.tar"
 }
 
 # Debian's hypervisor with memory paging.

@@ -6,7 +6,8 @@
 # BUILT is what build.sh has made. SHARE/job is run in dom0, as /host/job, with SHARE as /host; what it prints is in
 # SHARE/job.log afterwards, its exit code in SHARE/job.code, the host's console in SHARE/xen.log. TCP and UDP ports
 # PORT… of this machine (of this network namespace) are dom0's. XEN picks the hypervisor: `xen`, or `xen-paging`, the
-# default. LIMIT ends it after so many seconds, 600 by default.
+# default. STORAGE is a folder that is /storage in dom0, and whose disk.img is its /dev/loop0. LIMIT ends it after so
+# many seconds, 600 by default.
 set -euo pipefail
 
 # What Xen and dom0 need switched off under TCG: without -smap and -smep dom0 faults at boot, with monitor Xen panics in
@@ -19,6 +20,10 @@ forward=
 for port in "$@"; do
     forward+=",hostfwd=tcp::$port-:$port,hostfwd=udp::$port-:$port"
 done
+storage=()
+if [ -n "${STORAGE:-}" ]; then
+    storage=(-virtfs "local,path=$STORAGE,mount_tag=storage,security_model=none")
+fi
 rm -f "$share/job.code" "$share/job.log"
 mkdir -p "$share/console"
 timeout "${LIMIT:-600}" qemu-system-x86_64 -nodefaults -no-user-config -display none -no-reboot -accel tcg \
@@ -27,7 +32,7 @@ timeout "${LIMIT:-600}" qemu-system-x86_64 -nodefaults -no-user-config -display 
     -append "console=com1 com1=115200,8n1 dom0_mem=1024M,max:1024M dom0_max_vcpus=1 noreboot" \
     -initrd "$built/dom0-vmlinuz console=hvc0 earlyprintk=xen rdinit=/init quiet nokaslr mitigations=off,$built/dom0.cpio" \
     -serial stdio -virtfs "local,path=$share,mount_tag=host,security_model=none" \
-    -netdev "user,id=net$forward" -device e1000,netdev=net </dev/null >"$share/xen.log" 2>&1 || true
+    "${storage[@]}" -netdev "user,id=net$forward" -device e1000,netdev=net </dev/null >"$share/xen.log" 2>&1 || true
 if [ ! -f "$share/job.code" ]; then
     echo "xen lab: the host with $share has not ended its job; its console:" >&2
     tail -n 15 "$share/xen.log" >&2

@@ -17,6 +17,7 @@ use crate::error::{CloseCode, LinkError, TransportError};
 use crate::identity::Identity;
 use crate::link::credit::CreditSender;
 use crate::link::{Link, Shared};
+use crate::reset;
 use crate::socket;
 use crate::tls;
 use crate::trust::{PeerIdentity, Rejection, Trust};
@@ -60,7 +61,7 @@ impl Endpoint {
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
         let steering = Arc::new(Steering::new(config.rate_limit));
         server.transport_config(config.quinn(&steering));
-        let quinn = open(addr, Some(server))?;
+        let quinn = open(addr, identity, Some(server))?;
         let judge = Arc::new(Judge::new(trust, config, steering));
         let (sender, arrivals) = mpsc::channel(HANDSHAKES);
         let acceptor = tokio::spawn(accept_all(quinn.clone(), judge.clone(), sender));
@@ -83,8 +84,8 @@ impl Endpoint {
         let steering = Arc::new(Steering::new(config.rate_limit));
         client.transport_config(config.quinn(&steering));
         // Both families on one socket; hosts without IPv6 have only the other.
-        let mut quinn = open((Ipv6Addr::UNSPECIFIED, 0).into(), None)
-            .or_else(|_| open((Ipv4Addr::UNSPECIFIED, 0).into(), None))?;
+        let mut quinn = open((Ipv6Addr::UNSPECIFIED, 0).into(), identity, None)
+            .or_else(|_| open((Ipv4Addr::UNSPECIFIED, 0).into(), identity, None))?;
         quinn.set_default_client_config(client);
         Ok(Self {
             quinn,
@@ -197,12 +198,14 @@ impl Drop for Endpoint {
 
 fn open(
     addr: SocketAddr,
+    identity: &Identity,
     server: Option<quinn::ServerConfig>,
 ) -> Result<quinn::Endpoint, TransportError> {
     let bind = |source| TransportError::Bind { addr, source };
     let socket = socket::bind(addr).map_err(bind)?;
+    let port = socket.local_addr().map_err(bind)?.port();
     quinn::Endpoint::new(
-        quinn::EndpointConfig::default(),
+        reset::endpoint_config(identity, port),
         server,
         socket,
         Arc::new(quinn::TokioRuntime),

@@ -234,6 +234,14 @@ impl Identity {
     pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
         self.key.clone_key()
     }
+
+    /// A secret of this identity for one purpose and one UDP port, the same in every process.
+    pub(crate) fn derive(&self, purpose: &str, port: u16) -> [u8; 32] {
+        let mut secret = blake3::Hasher::new_derive_key(purpose);
+        secret.update(&port.to_le_bytes());
+        secret.update(self.key.secret_der());
+        *secret.finalize().as_bytes()
+    }
 }
 
 /// Reads every certificate of a PEM file; at least one is there.

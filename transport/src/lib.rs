@@ -18,6 +18,7 @@ pub mod identity;
 pub mod lane;
 pub mod link;
 pub mod message;
+mod reset;
 mod socket;
 mod tls;
 pub mod trust;

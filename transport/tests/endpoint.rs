@@ -98,6 +98,36 @@ async fn messages_pass_both_ways_on_the_control_lane() {
     );
 }
 
+/// A server that is killed says nothing. Who follows it on the same port with the same identity does.
+#[tokio::test]
+async fn who_follows_a_killed_server_ends_its_links() {
+    let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+    let serve =
+        |addr| Endpoint::server(addr, &bob, trusting(alice.fingerprint()), &config()).unwrap();
+    let client = Endpoint::client(&alice, trusting(bob.fingerprint()), &config()).unwrap();
+    // With its runtime goes all that would send another packet.
+    let killed = tokio::runtime::Runtime::new().unwrap();
+    let server = {
+        let _entered = killed.enter();
+        serve(LOCALHOST)
+    };
+    let addr = server.local_addr().unwrap();
+    let (link, at_server) = meet(&client, &server).await;
+    let (link, at_server) = (link.unwrap(), at_server.unwrap());
+    std::thread::spawn(move || killed.shutdown_timeout(PATIENCE))
+        .join()
+        .unwrap();
+    drop((server, at_server));
+    let follower = serve(addr);
+    let end = soon(link.closed()).await;
+    assert!(
+        matches!(&end, LinkError::Lost { what, .. } if what.contains("reset")),
+        "{end}"
+    );
+    let (again, _) = meet(&client, &follower).await;
+    again.unwrap();
+}
+
 #[tokio::test]
 async fn a_stranger_is_refused_and_both_sides_say_why() {
     let (alice, bob) = (Identity::generate().unwrap(), Identity::generate().unwrap());

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use hybridmig_netem::LinkSpec;
 use hybridmig_netem::model::Link;
+use hybridmig_netem::{LinkSpec, Relay, RelayConfig};
 use hybridmig_transport::link::repair::assembly::Assembly;
 use hybridmig_transport::link::repair::plan::parity;
 use hybridmig_transport::link::repair::wire::{Parity, parity_of};
@@ -16,7 +16,6 @@ use hybridmig_transport::message::{Message, RegionId};
 use hybridmig_transport::{Endpoint, Identity, Incoming, Lane, TransportConfig, Trust};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
-use tokio::net::UdpSocket;
 
 const RATE: f64 = 200e6 / 8.0;
 const DELAY: Duration = Duration::from_millis(50);
@@ -158,37 +157,6 @@ fn a_lost_packet_of_the_freeze_set_costs_no_round_trip() {
     }
 }
 
-/// A relay to `server` that loses this share of what goes there and delays nothing. Returns its address.
-async fn lossy(server: SocketAddr, loss: f64) -> SocketAddr {
-    let local = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
-    let front = UdpSocket::bind(local).await.unwrap();
-    let back = UdpSocket::bind(local).await.unwrap();
-    let addr = front.local_addr().unwrap();
-    tokio::spawn(async move {
-        let mut rng = SmallRng::seed_from_u64(1);
-        let mut client = None;
-        let (mut up, mut down) = (vec![0; 65_536], vec![0; 65_536]);
-        loop {
-            tokio::select! {
-                received = front.recv_from(&mut up) => {
-                    let (len, from) = received.unwrap();
-                    client = Some(from);
-                    if !rng.random_bool(loss) {
-                        back.send_to(&up[..len], server).await.unwrap();
-                    }
-                }
-                received = back.recv_from(&mut down) => {
-                    let (len, _) = received.unwrap();
-                    if let Some(client) = client {
-                        front.send_to(&down[..len], client).await.unwrap();
-                    }
-                }
-            }
-        }
-    });
-    addr
-}
-
 /// Batches with parity and control messages with copies over a path that loses 5 %: everything comes
 /// once, and as it was sent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -201,8 +169,15 @@ async fn what_is_repaired_is_what_was_sent() {
     let local = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
     let server = Endpoint::server(local, &bob, trust(&alice), &config).unwrap();
     let client = Endpoint::client(&alice, trust(&bob), &config).unwrap();
-    let addr = lossy(server.local_addr().unwrap(), 0.05).await;
-    let (source, destination) = tokio::join!(client.connect(addr), server.accept());
+    // So long a way that what is sent again comes after the parity, however busy the machine is.
+    let relay = Relay::start(RelayConfig {
+        listen: local,
+        target: server.local_addr().unwrap(),
+        link: "delay 50ms loss 5%".parse().unwrap(),
+        seed: 1,
+    });
+    let relay = relay.unwrap();
+    let (source, destination) = tokio::join!(client.connect(relay.local_addr()), server.accept());
     let (source, destination) = (source.unwrap(), destination.unwrap());
     let batch = |number: usize| {
         let mut rng = SmallRng::seed_from_u64(number as u64);

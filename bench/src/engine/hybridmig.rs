@@ -1,7 +1,6 @@
 //! hybridmig in each of its modes, as a user runs it: `hybridmig recv` on one host, `hybridmig send` on the
 //! other, identities made for the run. Nothing of it is linked in.
 
-use std::ffi::OsString;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, bail};
@@ -17,26 +16,52 @@ const PORT: u16 = 4433;
 /// Exit code of a pre-copy that did not converge: the guest runs at the source.
 const NOT_CONVERGED: i32 = 5;
 
+/// The shares of memory and of disks, in percent, that move before the guest resumes in the engines that do not plan.
+const SHARES: [u32; 3] = [25, 60, 90];
+
 pub(super) fn engines() -> Vec<Box<dyn Engine>> {
-    ["hybrid", "precopy", "postcopy"]
-        .into_iter()
-        .map(|mode| Box::new(Hybridmig { mode }) as Box<dyn Engine>)
+    let planned = ["hybrid", "precopy", "postcopy"].map(|mode| Hybridmig { mode, share: None });
+    let fixed = SHARES.map(|percent| Hybridmig {
+        mode: "hybrid",
+        share: Some(percent),
+    });
+    let engines = planned.into_iter().chain(fixed);
+    engines
+        .map(|engine| Box::new(engine) as Box<dyn Engine>)
         .collect()
 }
 
 struct Hybridmig {
     mode: &'static str,
+    /// Percent of memory and of disks before the resume; nothing if hybridmig is to choose.
+    share: Option<u32>,
+}
+
+impl Hybridmig {
+    /// What `send` is given for it.
+    fn arguments(&self) -> Vec<String> {
+        let mut arguments = vec!["--mode".to_owned(), self.mode.to_owned()];
+        if let Some(percent) = self.share {
+            let fraction = format!("{:.2}", f64::from(percent) / 100.0);
+            arguments
+                .extend(["--mem-frac", &fraction, "--disk-frac", &fraction].map(str::to_owned));
+        }
+        arguments
+    }
 }
 
 impl Engine for Hybridmig {
     fn name(&self) -> String {
-        format!("hybridmig-{}", self.mode)
+        match self.share {
+            Some(percent) => format!("hybridmig-share-{percent}"),
+            None => format!("hybridmig-{}", self.mode),
+        }
     }
 
     fn about(&self) -> String {
         format!(
-            "hybridmig send --mode {}, everything else by default (QUIC, encrypted)",
-            self.mode
+            "hybridmig send {}, everything else by default (QUIC, encrypted)",
+            self.arguments().join(" ")
         )
     }
 
@@ -56,9 +81,10 @@ impl Engine for Hybridmig {
         stage.link.place(Side::Destination, &mut recv);
         let recv = HybridmigProcess::spawn_command("recv", recv)?;
         recv.wait_for_stderr("listening on ", PATIENCE)?;
-        let arguments = ["--quiet", "--mode", self.mode, "--to", &address.to_string()];
+        let mut arguments = self.arguments();
+        arguments.extend(["--quiet", "--to", &address.to_string()].map(str::to_owned));
         Ok(Box::new(Running {
-            arguments: arguments.map(OsString::from).to_vec(),
+            arguments,
             recv,
             send: None,
             near,
@@ -71,7 +97,7 @@ struct Running {
     // In the order of dropping: processes before their directories.
     send: Option<HybridmigProcess>,
     recv: HybridmigProcess,
-    arguments: Vec<OsString>,
+    arguments: Vec<String>,
     near: Host,
     far: Host,
 }

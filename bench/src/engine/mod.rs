@@ -111,7 +111,8 @@ mod tests {
                 "{name}"
             );
             assert!(
-                name.chars().all(|c| c.is_ascii_lowercase() || c == '-'),
+                name.chars()
+                    .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'),
                 "{name}"
             );
             assert_eq!(by_name(name).unwrap().name(), *name);

@@ -511,7 +511,9 @@ impl World {
                 SourceInput::Tracking(self.guest.content())
             }
             SourceCommand::Scan => SourceInput::Dirty(std::mem::take(&mut self.scanned)),
-            SourceCommand::Freeze => SourceInput::Frozen,
+            SourceCommand::Freeze => SourceInput::Frozen {
+                needed: Blocks::new(),
+            },
             SourceCommand::SaveState => SourceInput::StateSaved {
                 len: STATE,
                 hash: [1; 32],

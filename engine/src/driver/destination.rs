@@ -351,16 +351,25 @@ impl Driver {
     ) -> DestinationOutcome {
         let mut measure = interval(MEASURE);
         measure.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut next = None;
+        let (mut next, mut phase) = (None, None);
         loop {
             if let Some(outcome) = self.obey() {
                 return outcome;
+            }
+            let now = self.machine.phase();
+            if phase.replace(now) != Some(now) {
+                self.show(progress);
             }
             let deadline = self.machine.poll_timeout().map(|at| self.started + at);
             let input = tokio::select! {
                 biased;
                 input = std::future::ready(next.take()), if next.is_some() => {
                     input.expect("checked before")
+                }
+                // Before these: it is rare, and inputs that never end must not keep it from its turn.
+                _ = measure.tick() => {
+                    self.show(progress);
+                    continue;
                 }
                 input = queue.recv() => input.expect("the driver itself holds a sender"),
                 () = wait_until(deadline) => DestinationInput::Timeout,
@@ -369,17 +378,6 @@ impl Driver {
                     if let Some(arrival) = arrival {
                         self.visit(arrival);
                     }
-                    continue;
-                }
-                _ = measure.tick() => {
-                    let received = self.tasks.as_ref().map(LinkTasks::received);
-                    let traffic = self.plane.traffic();
-                    progress.send_replace(Waiting::Session(Box::new(DestinationProgress {
-                        silent: self.silence.look(Instant::now(), received),
-                        seeded: traffic.seeded,
-                        seeded_bytes: traffic.seeded_bytes,
-                        ..self.machine.progress(self.started.elapsed())
-                    })));
                     continue;
                 }
             };
@@ -394,6 +392,18 @@ impl Driver {
                 next = self.more_faults(queue);
             }
         }
+    }
+
+    /// Shows where the session stands.
+    fn show(&mut self, progress: &watch::Sender<Waiting>) {
+        let received = self.tasks.as_ref().map(LinkTasks::received);
+        let traffic = self.plane.traffic();
+        progress.send_replace(Waiting::Session(Box::new(DestinationProgress {
+            silent: self.silence.look(Instant::now(), received),
+            seeded: traffic.seeded,
+            seeded_bytes: traffic.seeded_bytes,
+            ..self.machine.progress(self.started.elapsed())
+        })));
     }
 
     /// Gives the machine the faults that wait already, so that they go in one message; the first input

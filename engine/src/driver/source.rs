@@ -66,7 +66,7 @@ pub struct SourceRun {
 }
 
 /// Runs the migration to its end. `cancel` holds a reason once the operator wants it to stop;
-/// `progress` is updated a few times a second.
+/// `progress` is updated at every new phase, and a few times a second.
 ///
 /// # Errors
 /// Only for what comes before the first message: the destination cannot be reached or does not
@@ -181,14 +181,27 @@ impl Driver {
         let mut measure = interval(MEASURE);
         measure.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut redial = Redial::default();
+        let mut phase = None;
         loop {
             if let Some(outcome) = self.obey() {
                 progress.send_replace(Some(self.plane.progress()));
                 return outcome;
             }
+            let now = self.plane.phase();
+            if phase.replace(now) != Some(now) {
+                self.show(progress);
+            }
             let deadline = self.plane.next_timeout().map(|at| self.started + at);
             let input = tokio::select! {
                 biased;
+                // First: it is rare, and inputs that never end must not keep it from its turn.
+                _ = measure.tick() => {
+                    self.show(progress);
+                    match &self.last_link {
+                        Some(link) if self.tasks.is_some() => SourceInput::Link(figures(&link.stats())),
+                        _ => continue,
+                    }
+                }
                 input = queue.recv() => input.expect("the driver itself holds a sender"),
                 () = self.plane.nudged() => continue,
                 () = wait_until(deadline) => SourceInput::Timeout,
@@ -200,18 +213,6 @@ impl Driver {
                     self.adopt(link).await;
                     continue;
                 }
-                _ = measure.tick() => {
-                    let received = self.tasks.as_ref().map(LinkTasks::received);
-                    let silent = self.silence.look(Instant::now(), received);
-                    progress.send_replace(Some(SourceProgress {
-                        silent,
-                        ..self.plane.progress()
-                    }));
-                    match &self.last_link {
-                        Some(link) if self.tasks.is_some() => SourceInput::Link(figures(&link.stats())),
-                        _ => continue,
-                    }
-                }
             };
             self.marks.see(&input);
             if let SourceInput::Disconnected { reason } = &input {
@@ -221,6 +222,16 @@ impl Driver {
             }
             self.plane.handle(input);
         }
+    }
+
+    /// Shows where the session stands.
+    fn show(&mut self, progress: &watch::Sender<Option<SourceProgress>>) {
+        let received = self.tasks.as_ref().map(LinkTasks::received);
+        let silent = self.silence.look(Instant::now(), received);
+        progress.send_replace(Some(SourceProgress {
+            silent,
+            ..self.plane.progress()
+        }));
     }
 
     /// Carries out what the machine wants; the outcome, when it has ended.
@@ -402,7 +413,9 @@ fn worker(
         let result = match &command {
             SourceCommand::StartTracking => guest.start_tracking().map(SourceInput::Tracking),
             SourceCommand::Scan => guest.take_dirty().map(SourceInput::Dirty),
-            SourceCommand::Freeze => guest.freeze().map(|()| SourceInput::Frozen),
+            SourceCommand::Freeze => guest.freeze().map(|()| SourceInput::Frozen {
+                needed: guest.before_resume(),
+            }),
             SourceCommand::SaveState => guest.save_state().map(|state| plane.keep_state(state)),
             SourceCommand::Thaw => guest.thaw().map(|()| SourceInput::Thawed),
             SourceCommand::Release => guest.release().map(|()| SourceInput::Released),

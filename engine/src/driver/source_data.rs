@@ -256,6 +256,11 @@ impl DataPlane {
         self.machine().wants_link()
     }
 
+    /// The phase of the session.
+    pub fn phase(&self) -> Phase {
+        self.machine().phase()
+    }
+
     /// Where it stands.
     pub fn progress(&self) -> SourceProgress {
         let now = self.started.elapsed();

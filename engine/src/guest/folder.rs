@@ -14,11 +14,7 @@ pub fn folder_base() -> PathBuf {
         .flatten()
         .chain([PathBuf::from("/run/hybridmig")])
         .find(|base| {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(base)
-                .is_ok()
+            make_private(base).is_ok()
                 && nix::unistd::access(base, nix::unistd::AccessFlags::W_OK).is_ok()
         })
         .unwrap_or_else(std::env::temp_dir)
@@ -50,6 +46,20 @@ pub fn make_folder(prefix: &str) -> GuestResult<PathBuf> {
         )));
     }
     Ok(folder)
+}
+
+/// Makes the folder of such sockets again, where it is gone: for who goes on after another process.
+pub fn make_folder_again(folder: &Path) -> GuestResult<()> {
+    make_private(folder)
+        .map_err(|error| GuestError::caused(format!("cannot create {}", folder.display()), error))
+}
+
+/// Makes a folder for one user only, unless it is there.
+fn make_private(folder: &Path) -> io::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
 }
 
 /// Removes a folder and what is in it; that it cannot be removed is only told.

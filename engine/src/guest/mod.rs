@@ -9,6 +9,7 @@ pub mod paged_disks;
 pub mod paging;
 pub mod qemu;
 pub mod workload;
+pub mod xen;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -130,6 +131,12 @@ pub trait SourceGuest: Send + Sync {
 
     /// Stops the guest, with its I/O drained.
     fn freeze(&self) -> GuestResult<()>;
+
+    /// Blocks of the frozen guest that have to be at the other host before it resumes there, because what would wait
+    /// for them cannot. Asked after [`Self::freeze`].
+    fn before_resume(&self) -> Blocks {
+        Blocks::new()
+    }
 
     /// The device state of the frozen guest.
     fn save_state(&self) -> GuestResult<Vec<u8>>;

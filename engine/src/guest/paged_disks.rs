@@ -10,6 +10,7 @@ use hybridmig_pager::disk::{DiskError, DiskImage, DiskOptions, DiskStats, NbdOpt
 use hybridmig_transport::message::RegionInfo;
 use serde::{Deserialize, Serialize};
 
+use super::folder::make_folder_again;
 use super::paging::PagerSink;
 use super::{FaultSink, GuestError, GuestResult};
 use crate::blocks::{BlockSet, Blocks, RegionId};
@@ -92,6 +93,9 @@ impl PagedDisks {
             let image = DiskImage::adopt(&record.map, sink(faults)).map_err(cannot)?;
             let region = RegionId(first + index as u16);
             note(&std::iter::once((region, image.missing())).collect())?;
+            if let Some(folder) = record.socket.parent() {
+                make_folder_again(folder)?;
+            }
             disks.push(Disk::serve(image, record.clone()).map_err(cannot)?);
         }
         Ok(Self { first, disks })
@@ -150,7 +154,8 @@ impl PagedDisks {
             .collect()
     }
 
-    /// Nothing is missing: what has come is made durable, the maps go.
+    /// Nothing is missing: what has come is made durable. Where the maps lie is the caller's to remove, when the
+    /// guest needs no server any more.
     pub fn finish(&self) -> GuestResult<()> {
         (0..self.disks.len()).try_for_each(|index| {
             let region = RegionId(self.first + index as u16);

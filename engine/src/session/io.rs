@@ -107,7 +107,10 @@ pub enum SourceInput {
     /// Answer to [`SourceCommand::Scan`].
     Dirty(Blocks),
     /// Answer to [`SourceCommand::Freeze`].
-    Frozen,
+    Frozen {
+        /// Blocks that have to be at the destination before the guest resumes there, whatever the plan.
+        needed: Blocks,
+    },
     /// Answer to [`SourceCommand::SaveState`].
     StateSaved {
         /// Length in bytes.

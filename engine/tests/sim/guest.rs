@@ -97,6 +97,17 @@ impl Guest {
         guest
     }
 
+    /// Every eleventh block, of memory: what has to be there when the guest resumes.
+    pub fn needed(&self) -> Blocks {
+        let mut needed = Blocks::new();
+        for (region, block) in self.blocks().into_iter().step_by(11) {
+            if usize::from(region.0) < self.first_disk {
+                needed.insert(region, block);
+            }
+        }
+        needed
+    }
+
     pub fn blocks(&self) -> Vec<Block> {
         let regions = self.regions.iter().enumerate();
         regions

@@ -219,7 +219,9 @@ impl World {
                 SourceInput::Tracking(content)
             }
             SourceCommand::Scan => SourceInput::Dirty(self.guest.take_dirty(&mut self.rng)),
-            SourceCommand::Freeze => SourceInput::Frozen,
+            SourceCommand::Freeze => SourceInput::Frozen {
+                needed: self.guest.needed(),
+            },
             SourceCommand::SaveState => SourceInput::StateSaved {
                 len: self.scenario.state_len,
                 hash: [self.states_saved as u8; 32],
@@ -260,6 +262,12 @@ impl World {
                 assert!(
                     matches!(last, Some(DestinationRecord::Accepted { .. })),
                     "resumed without a durable acceptance"
+                );
+                let needed = self.guest.needed();
+                let lacks = needed.intersection(&self.guest.trapped);
+                assert!(
+                    lacks.is_empty(),
+                    "resumed without {lacks:?}, which cannot wait"
                 );
                 self.guest.vcpus.fill(None);
                 self.guest.destination_runs = true;

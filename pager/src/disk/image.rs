@@ -310,9 +310,11 @@ impl DiskImage {
         self.map.missing()
     }
 
-    /// Nothing is missing: makes everything durable and removes the map. From now on the image is
-    /// an ordinary raw file, which this value goes on serving. Only after this may the source
-    /// forget the disk: what was placed or written but not flushed would be gone with the host.
+    /// Nothing is missing: makes everything durable. From now on the image is an ordinary raw file, which this value
+    /// goes on serving. Only after this may the source forget the disk: what was placed or written but not flushed
+    /// would be gone with the host. The map stays for as long as another process may have to serve the disk in
+    /// this one's place; it is to be removed, with what else that process would need, when the guest uses the
+    /// image itself.
     pub fn finish(&self) -> Result<()> {
         self.needs(ARMED, "finish")?;
         if self.map.missing() > 0 {
@@ -323,7 +325,6 @@ impl DiskImage {
         }
         self.flush()
             .map_err(DiskError::io("fdatasync of", &self.path))?;
-        self.map.remove_file()?;
         self.state.store(FINISHED, Ordering::SeqCst);
         Ok(())
     }

@@ -289,12 +289,6 @@ impl GranuleMap {
         Ok(())
     }
 
-    /// Removes the file. This value goes on in memory.
-    pub(super) fn remove_file(&self) -> Result<()> {
-        std::fs::remove_file(&self.path).map_err(DiskError::io("removing", &self.path))?;
-        sync_directory(&self.path)
-    }
-
     fn page(&self, page: usize) -> &[AtomicU64] {
         let words = self.live.slice();
         let first = page * PAGE_WORDS;

@@ -34,7 +34,7 @@ macro_rules! command {
     };
 }
 
-pub(super) use command;
+pub(crate) use command;
 
 command! {
     /// Stops the vCPUs and drains the I/O.

@@ -50,7 +50,8 @@ pub struct QemuDestinationOptions {
     /// Where QEMU comes from.
     pub origin: QemuOrigin,
     /// Existing folder to keep what another process needs to take over by
-    /// [`QemuDestination::adopt`]. Without one the guest cannot be taken over.
+    /// [`QemuDestination::adopt`]. Without one the guest cannot be taken over. It is its owner's to remove, when the
+    /// session has ended.
     pub keep_in: Option<PathBuf>,
     /// Whether images that have contents may be replaced by the disks that come.
     pub overwrite_disks: bool,
@@ -97,7 +98,19 @@ struct Host {
     notes: Vec<String>,
     /// Number of the vCPU by thread.
     vcpus: BTreeMap<u32, u32>,
-    paging: Mutex<Option<Arc<Paging>>>,
+    paging: Mutex<Stage>,
+}
+
+/// How the memory stands.
+#[derive(Clone, Default)]
+enum Stage {
+    /// Nothing is trapped yet.
+    #[default]
+    Unarmed,
+    /// What is missing is trapped and served.
+    Paged(Arc<Paging>),
+    /// All of it is here, and nothing is trapped any more.
+    Complete,
 }
 
 struct Paging {
@@ -140,9 +153,14 @@ impl QemuDestination {
             })?;
             disks = Some(Arc::new(DisksHere::adopt(record, host.process, paged)?));
         }
-        let (placer, door) = door::take_over(host.process, &host.memory, missing, faults)?;
-        left.union_with(&door::missing_blocks(placer.missing(), &host.memory));
-        *host.lock_paging() = Some(Arc::new(Paging { placer, door }));
+        let taken = door::take_over(host.process, &host.memory, missing, faults)?;
+        *host.lock_paging() = match taken {
+            Some((placer, door)) => {
+                left.union_with(&door::missing_blocks(placer.missing(), &host.memory));
+                Stage::Paged(Arc::new(Paging { placer, door }))
+            }
+            None => Stage::Complete,
+        };
         let guest = Self {
             options: QemuDestinationOptions {
                 origin: QemuOrigin::Waiting(record.socket.clone()),
@@ -195,11 +213,13 @@ impl QemuDestination {
         disks.paged.has(region).then_some(disks)
     }
 
-    fn paging(&self) -> GuestResult<Arc<Paging>> {
-        self.host()?
-            .lock_paging()
-            .clone()
-            .ok_or_else(|| GuestError::new("the guest's memory is not being paged"))
+    /// The pager of the memory; none where all of it is here.
+    fn paging(&self) -> GuestResult<Option<Arc<Paging>>> {
+        match self.host()?.lock_paging().clone() {
+            Stage::Paged(paging) => Ok(Some(paging)),
+            Stage::Complete => Ok(None),
+            Stage::Unarmed => Err(GuestError::new("the guest's memory is not being paged")),
+        }
     }
 
     /// Makes sure that there is a QEMU that fits the offer: connects, or starts one.
@@ -368,7 +388,7 @@ impl DestinationGuest for QemuDestination {
             map.as_deref(),
             faults,
         )?;
-        *paging = Some(Arc::new(Paging { placer, door }));
+        *paging = Stage::Paged(Arc::new(Paging { placer, door }));
         drop(paging);
         if let Some(folder) = &self.options.keep_in {
             let mut state = self.lock();
@@ -409,20 +429,22 @@ impl DestinationGuest for QemuDestination {
         if let Some(disks) = self.disks(region) {
             return disks.paged.place(region, first, data);
         }
-        self.paging()?
-            .placer
-            .place(region.0, first, data)
-            .map_err(|error| GuestError::caused("cannot place guest memory", error))
+        let Some(paging) = self.paging()? else {
+            return Ok(()); // late: it is here
+        };
+        let placed = paging.placer.place(region.0, first, data);
+        placed.map_err(|error| GuestError::caused("cannot place guest memory", error))
     }
 
     fn place_zero(&self, region: RegionId, first: u32, count: u32) -> GuestResult<()> {
         if let Some(disks) = self.disks(region) {
             return disks.paged.place_zero(region, first, count);
         }
-        self.paging()?
-            .placer
-            .place_zero(region.0, first, count)
-            .map_err(|error| GuestError::caused("cannot place guest memory", error))
+        let Some(paging) = self.paging()? else {
+            return Ok(()); // late: it is here
+        };
+        let placed = paging.placer.place_zero(region.0, first, count);
+        placed.map_err(|error| GuestError::caused("cannot place guest memory", error))
     }
 
     fn disk_io(&self) -> Vec<DiskIo> {
@@ -437,23 +459,22 @@ impl DestinationGuest for QemuDestination {
 
     fn disarm(&self) -> GuestResult<BlockedTime> {
         let host = self.host()?;
-        let paging = self.paging()?;
-        let stats = paging
-            .placer
-            .disarm()
-            .map_err(|error| GuestError::caused("cannot let the guest's memory go", error))?;
-        paging.door.close();
-        *host.lock_paging() = None;
+        let mut blocked = BlockedTime::default();
+        if let Some(paging) = self.paging()? {
+            let disarmed = paging.placer.disarm();
+            let stats = disarmed
+                .map_err(|error| GuestError::caused("cannot let the guest's memory go", error))?;
+            paging.door.close();
+            blocked = host.blocked(&stats);
+        }
+        *host.lock_paging() = Stage::Complete;
         let disks = self.lock().disks.clone();
         if let Some(disks) = disks {
             disks.finish(&*host.qmp()?)?;
         }
-        if self.lock().record.take().is_some()
-            && let Some(folder) = &self.options.keep_in
-        {
-            record::remove(folder);
-        }
-        Ok(host.blocked(&stats))
+        // What another process would take over by stays: the source has yet to be told, and until then this one may
+        // be killed. It goes with its folder.
+        Ok(blocked)
     }
 
     fn abandon(&self) -> GuestResult<()> {
@@ -466,7 +487,7 @@ impl DestinationGuest for QemuDestination {
         let Some(host) = state.host.clone() else {
             return Ok(());
         };
-        let paging = host.lock_paging().take();
+        let paging = std::mem::take(&mut *host.lock_paging());
         let result = if state.launched.is_some() {
             // Ended below.
             Ok(())
@@ -474,7 +495,7 @@ impl DestinationGuest for QemuDestination {
             // It may hold the state of a guest that runs elsewhere; nobody must ever run it.
             host.quit()
         } else {
-            if let Some(paging) = &paging {
+            if let Stage::Paged(paging) = &paging {
                 // The last copy of the userfaultfd takes the trap along; nobody waits yet.
                 paging.placer.stop();
                 paging.door.close();
@@ -493,10 +514,10 @@ impl DestinationGuest for QemuDestination {
         let Ok(host) = self.host() else {
             return BlockedTime::default();
         };
-        let paging = host.lock_paging().clone();
-        paging.map_or_else(BlockedTime::default, |paging| {
-            host.blocked(&paging.placer.stats())
-        })
+        match host.lock_paging().clone() {
+            Stage::Paged(paging) => host.blocked(&paging.placer.stats()),
+            Stage::Unarmed | Stage::Complete => BlockedTime::default(),
+        }
     }
 }
 
@@ -633,7 +654,7 @@ impl Host {
         })
     }
 
-    fn lock_paging(&self) -> MutexGuard<'_, Option<Arc<Paging>>> {
+    fn lock_paging(&self) -> MutexGuard<'_, Stage> {
         self.paging.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

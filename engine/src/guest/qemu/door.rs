@@ -121,17 +121,22 @@ pub fn arm(
     }
 }
 
-/// Goes on where a pager that is gone has ended. Asks QEMU nothing: its main loop may itself wait
-/// for a page.
+/// Goes on where a pager that is gone has ended; none if that one had let go of the memory because nothing was missing
+/// any more. Asks QEMU nothing: its main loop may itself wait for a page.
 pub fn take_over(
     process: QemuProcess,
     memory: &[Arc<RegionMemory>],
     missing: MissingMap,
     faults: Arc<dyn FaultSink>,
-) -> GuestResult<(Placer, Door)> {
+) -> GuestResult<Option<(Placer, Door)>> {
     let cannot = |error| GuestError::caused("cannot take the guest's memory over", error);
     let pid = process.pid as u32;
-    let Attached { uffd, target_fd } = attach::recover(pid).map_err(cannot)?;
+    let Attached { uffd, target_fd } = match attach::recover(pid) {
+        Err(PagerError::NoTrap { .. }) if missing.is_armed() && missing.is_empty() => {
+            return Ok(None);
+        }
+        recovered => recovered.map_err(cannot)?,
+    };
     let placer = Placer::take_over(
         uffd,
         pid,
@@ -141,7 +146,7 @@ pub fn take_over(
         PlacerConfig::default(),
     )
     .map_err(cannot)?;
-    Ok((placer, Door { pid, target_fd }))
+    Ok(Some((placer, Door { pid, target_fd })))
 }
 
 /// The blocks that a map says are missing.

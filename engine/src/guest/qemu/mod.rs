@@ -11,7 +11,7 @@
 //! - `disk` finds the disks of either side and switches them, `here` serves those of a destination;
 //! - `qmp` and `commands` are the dialogue with QEMU.
 
-mod commands;
+pub(crate) mod commands;
 pub mod compare;
 mod destination;
 pub mod disk;

@@ -134,7 +134,13 @@ impl WorkloadDestination {
                 control.display()
             )));
         }
-        let handover = client.memory(Purpose::Page)?;
+        // The other process may have settled everything, and been ended before it had told the source.
+        let settled = !description.paged;
+        let handover = client.memory(if settled {
+            Purpose::Track
+        } else {
+            Purpose::Page
+        })?;
         let image = match &description.served {
             Some(_) => Some(client.disk()?.path),
             None => None,
@@ -155,16 +161,18 @@ impl WorkloadDestination {
             })?;
             here.disk = Some(DiskHere::adopted(paged, image, served));
         }
-        let uffd = here.take_uffd()?;
-        let placer = Placer::take_over(
-            uffd,
-            here.pid,
-            vec![here.region.clone()],
-            Arc::clone(&here.missing),
-            Arc::new(PagerSink(faults)),
-            placer_config,
-        )?;
-        *lock(&here.placer) = Some(Arc::new(placer));
+        here.settled = settled;
+        if !settled {
+            let placer = Placer::take_over(
+                here.take_uffd()?,
+                here.pid,
+                vec![here.region.clone()],
+                Arc::clone(&here.missing),
+                Arc::new(PagerSink(faults)),
+                placer_config,
+            )?;
+            *lock(&here.placer) = Some(Arc::new(placer));
+        }
         let launch = Launch::Waiting {
             control: control.to_owned(),
         };
@@ -350,7 +358,10 @@ impl DestinationGuest for WorkloadDestination {
         if let Some(disk) = here.disk_of(region) {
             return disk.place(region, first, data);
         }
-        Ok(here.placer()?.place(region.0, first, data)?)
+        match here.placer()? {
+            Some(placer) => Ok(placer.place(region.0, first, data)?),
+            None => Ok(()), // late: it is here
+        }
     }
 
     fn place_zero(&self, region: RegionId, first: u32, count: u32) -> GuestResult<()> {
@@ -358,12 +369,17 @@ impl DestinationGuest for WorkloadDestination {
         if let Some(disk) = here.disk_of(region) {
             return disk.place_zero(region, first, count);
         }
-        Ok(here.placer()?.place_zero(region.0, first, count)?)
+        match here.placer()? {
+            Some(placer) => Ok(placer.place_zero(region.0, first, count)?),
+            None => Ok(()), // late: it is here
+        }
     }
 
     fn disarm(&self) -> GuestResult<BlockedTime> {
         let here = self.here()?;
-        here.placer()?.disarm()?;
+        if let Some(placer) = here.placer()? {
+            placer.disarm()?;
+        }
         here.settle()?;
         Ok(here.blocked_time())
     }

@@ -37,6 +37,8 @@ pub struct Here {
     /// Until the placer takes it.
     uffd: Mutex<Option<Uffd>>,
     pub placer: Mutex<Option<Arc<Placer>>>,
+    /// Nothing was missing any more when the guest was taken over.
+    pub settled: bool,
     pub disk: Option<DiskHere>,
 }
 
@@ -77,6 +79,7 @@ impl Here {
             missing: Arc::new(missing),
             uffd: Mutex::new(Some(uffd)),
             placer: Mutex::new(None),
+            settled: false,
             disk: None,
         })
     }
@@ -174,11 +177,12 @@ impl Here {
             .ok_or_else(|| GuestError::new("arming the guest's pager has failed before"))
     }
 
-    /// The placer, once it is armed.
-    pub fn placer(&self) -> GuestResult<Arc<Placer>> {
-        lock(&self.placer)
-            .clone()
-            .ok_or_else(|| GuestError::new("the guest's pager has not been armed"))
+    /// The placer, once it is armed; none where nothing was missing any more when the guest was taken over.
+    pub fn placer(&self) -> GuestResult<Option<Arc<Placer>>> {
+        match lock(&self.placer).clone() {
+            None if !self.settled => Err(GuestError::new("the guest's pager has not been armed")),
+            placer => Ok(placer),
+        }
     }
 
     /// How long its threads have waited for pages.

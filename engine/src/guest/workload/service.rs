@@ -342,7 +342,7 @@ impl Service {
         let workers = self.begin("freeze")?;
         let result = workers.freeze(patience).map_err(|late| {
             format!(
-                "{} wait for missing pages or blocks and cannot stop: bring back the pager, or \
+                "waiting for missing pages or blocks, and cannot stop: {}; bring back the pager, or \
                  wait until it has placed them",
                 late.join(", ")
             )
@@ -428,7 +428,7 @@ impl Service {
         };
         let result = match frozen {
             Err(late) => Err(format!(
-                "{} wait for missing pages or blocks",
+                "waiting for missing pages or blocks: {}",
                 late.join(", ")
             )),
             Ok(()) => workers.verify().map_err(|damage| {

@@ -23,7 +23,10 @@ impl SourceMachine {
         // What was never sent is not stale by having been written.
         stale.subtract(&unsent);
         let rest = Rest { stale, unsent };
-        let FreezeSplit { freeze, behind } = if self.planned() {
+        let FreezeSplit {
+            mut freeze,
+            mut behind,
+        } = if self.planned() {
             let (memory, disks) = self.divide(&rest);
             plan::split_as_planned(rest, &self.heat, memory, disks)
         } else {
@@ -37,6 +40,9 @@ impl SourceMachine {
             self.divided(&split.freeze, &split.behind);
             split
         };
+        let needed = behind.intersection(&self.needed);
+        behind.subtract(&needed);
+        freeze.union_with(&needed);
         self.figures.freeze_set = freeze.len();
         self.figures.freeze_set_disk = self.shapes.on_disks(&freeze);
         self.freeze_pending = freeze;
@@ -71,6 +77,9 @@ impl SourceMachine {
         self.figures.milestones.last_scan = Some(now);
         dirty.subtract(&self.behind);
         if self.config.mode == Mode::Postcopy {
+            let needed = dirty.intersection(&self.needed);
+            dirty.subtract(&needed);
+            self.freeze_pending.union_with(&needed);
             self.leave_behind(&dirty);
         } else {
             self.freeze_pending.union_with(&dirty);

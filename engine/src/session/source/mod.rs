@@ -192,6 +192,8 @@ pub struct SourceMachine {
     freeze_pending: Blocks,
     /// Everything that stayed behind at the freeze.
     behind: Blocks,
+    /// What never stays behind: the guest's own word, when it had stopped.
+    needed: Blocks,
     /// Of `behind`: not handed out yet.
     remaining: Blocks,
     /// Pass of chunks handed out now.
@@ -273,6 +275,7 @@ impl SourceMachine {
             unsent: Blocks::new(),
             freeze_pending: Blocks::new(),
             behind: Blocks::new(),
+            needed: Blocks::new(),
             remaining: Blocks::new(),
             pass: 1,
             next_batch: 0,
@@ -329,8 +332,9 @@ impl SourceMachine {
                     self.scanned(now, dirty);
                 }
             }
-            SourceInput::Frozen => {
+            SourceInput::Frozen { needed } => {
                 if self.answered(Awaited::Freeze) && self.state == State::Freezing {
+                    self.needed = needed;
                     self.figures.milestones.frozen = Some(now);
                     self.enter(State::FinalScan);
                     self.scan(now);
