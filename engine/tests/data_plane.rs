@@ -102,6 +102,43 @@ fn full_memory_before_the_handover_is_a_refusal_in_order() {
 }
 
 #[test]
+fn a_load_that_ends_the_guests_process_says_why_though_the_pager_fails_first() {
+    let mut machine = receiving();
+    let handover = Message::Handover {
+        batches: 0,
+        postcopy_pass: 1,
+        state_len: 3,
+        state_hash: [0; 32],
+        behind_pieces: 0,
+    };
+    machine.handle(NOW, DestinationInput::Message(handover));
+    let armed = DestinationInput::Armed {
+        missing: Blocks::new(),
+    };
+    machine.handle(NOW, armed);
+    let last = std::iter::from_fn(|| machine.poll_command()).last();
+    assert!(matches!(last, Some(DestinationCommand::LoadState { .. })));
+    let pager = DestinationInput::PlacementFailed {
+        error: "process 7 has ended".to_owned(),
+    };
+    machine.handle(NOW, pager);
+    let load = DestinationInput::Failed {
+        error: "QEMU said: unknown device".to_owned(),
+    };
+    machine.handle(NOW, load);
+    machine.handle(NOW, DestinationInput::Abandoned);
+    let commands: Vec<_> = std::iter::from_fn(|| machine.poll_command()).collect();
+    let [
+        DestinationCommand::Abandon,
+        DestinationCommand::Journal(DestinationRecord::Declined { reason, .. }),
+    ] = &commands[..]
+    else {
+        panic!("abandoned and recorded: {commands:?}");
+    };
+    assert_eq!(reason, "process 7 has ended; QEMU said: unknown device");
+}
+
+#[test]
 fn a_block_that_cannot_be_read_ends_precopy_with_the_guest_at_the_source() {
     let config = SourceConfig::new(SessionId([7; 8]), Mode::Hybrid);
     let mut machine = SourceMachine::new(config, guest(), regions());

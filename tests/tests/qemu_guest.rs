@@ -159,12 +159,14 @@ fn load_and_resume(
             destination.load_state(state)?;
             destination.resume()
         });
-        while !loading.is_finished() {
-            answer(source, destination, faults, behind)?;
+        let mut served = Ok(0);
+        while served.is_ok() && !loading.is_finished() {
+            served = answer(source, destination, faults, behind);
             std::thread::yield_now();
         }
+        // A load that ends QEMU fails the pager too, and either may be told first: the load says why.
         loading.join().expect("loading does not panic")?;
-        Ok(())
+        served.map(drop)
     })
 }
 

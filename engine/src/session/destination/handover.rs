@@ -127,6 +127,9 @@ impl DestinationMachine {
                     .push(format!("what was prepared could not be ended: {error}"));
                 self.abandoned(now);
             }
+            // The pager failed first, as it does when the load has ended the guest's process: what the load
+            // itself has to say tells why.
+            (Awaited::LoadState, State::Abandoning) => self.decline_also(error),
             (Awaited::Journal, State::Declining) if self.accepted => self.stuck(&format!(
                 "the guest could not be started, and that could not be recorded: {error}"
             )),
@@ -175,6 +178,17 @@ impl DestinationMachine {
         });
         self.enter(now, State::Abandoning);
         self.command(DestinationCommand::Abandon);
+    }
+
+    /// One more reason for what is being given up.
+    fn decline_also(&mut self, reason: String) {
+        let Some(decline) = &mut self.decline else {
+            return;
+        };
+        if let DestinationOutcome::Refused(told) = &mut decline.outcome {
+            told.reasons.push(reason.clone());
+        }
+        decline.refusal.reasons.push(reason);
     }
 
     pub(super) fn abandoned(&mut self, now: Duration) {
