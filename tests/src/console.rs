@@ -82,7 +82,7 @@ impl Console {
         let input = connect(socket, patience)
             .with_context(|| format!("{name}: no console at {}", socket.display()))?;
         let transcript = Transcript::new(&format!("console of {name}"));
-        transcript.follow(input.try_clone().context("a socket can be cloned")?);
+        transcript.follow(input.try_clone().context("a socket can be cloned")?)?;
         Ok(Self {
             transcript,
             input: Mutex::new(input),

@@ -61,8 +61,8 @@ impl HybridmigProcess {
             stdout: Transcript::new(&format!("stdout of {name}")),
             stderr: Transcript::new(&format!("stderr of {name}")),
         };
-        this.stdout.follow(stdout.context("stdout is piped")?);
-        this.stderr.follow(stderr.context("stderr is piped")?);
+        this.stdout.follow(stdout.context("stdout is piped")?)?;
+        this.stderr.follow(stderr.context("stderr is piped")?)?;
         Ok(this)
     }
 
@@ -105,18 +105,25 @@ impl HybridmigProcess {
 
     /// Kills it with SIGKILL and waits until it is gone.
     pub fn kill(&mut self) -> Result<()> {
-        self.process.kill().map(|_| ())
+        self.process.kill()?;
+        self.settle()
     }
 
     /// How it has ended, if it has.
     pub fn has_ended(&mut self) -> Result<Option<ExitStatus>> {
-        self.process.has_ended()
+        let ended = self.process.has_ended()?;
+        if ended.is_some() {
+            self.settle()?;
+        }
+        Ok(ended)
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until it ends by itself. All that it has said is written down then.
     pub fn wait(&mut self, patience: Duration) -> Result<ExitStatus> {
         let status = self.process.wait(patience);
-        status.with_context(|| self.said())
+        let status = status.with_context(|| self.said())?;
+        self.settle()?;
+        Ok(status)
     }
 
     /// Waits until it ends and fails unless it ends well.
@@ -124,6 +131,11 @@ impl HybridmigProcess {
         let status = self.wait(patience)?;
         ensure!(status.success(), "{status}; {}", self.said());
         Ok(())
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.stdout.settle()?;
+        self.stderr.settle()
     }
 
     fn said(&self) -> String {

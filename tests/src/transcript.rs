@@ -1,12 +1,15 @@
 //! What something has said, line by line, each with the host's time: the common part of consoles
 //! and program output. It never interprets a line.
 
-use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Read};
+use std::collections::{BTreeMap, VecDeque};
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Lines kept; older ones are forgotten.
 const MAX_LINES: usize = 200_000;
@@ -42,8 +45,24 @@ struct Said {
     lines: VecDeque<Line>,
     /// Lines forgotten.
     forgotten: usize,
-    /// Streams that have not ended.
-    open: usize,
+    /// Streams that have not ended, by the order in which they were followed.
+    open: BTreeMap<usize, OwnedFd>,
+    followed: usize,
+}
+
+impl Said {
+    fn push(&mut self, bytes: &[u8]) {
+        let text = String::from_utf8_lossy(bytes);
+        let line = Line {
+            at: Instant::now(),
+            text: text.trim_end_matches(['\r', '\n']).to_owned(),
+        };
+        if self.lines.len() == MAX_LINES {
+            self.lines.pop_front();
+            self.forgotten += 1;
+        }
+        self.lines.push_back(line);
+    }
 }
 
 impl Transcript {
@@ -56,39 +75,61 @@ impl Transcript {
     }
 
     /// Writes down what `stream` says until it ends, on a thread of its own.
-    pub fn follow(&self, stream: impl Read + Send + 'static) {
-        self.said().open += 1;
+    pub fn follow(&self, mut stream: impl Read + AsFd + Send + 'static) -> Result<()> {
+        let copy = stream.as_fd().try_clone_to_owned();
+        let copy = copy.context("cannot keep a copy of a stream")?;
+        let mut said = self.said();
+        let number = said.followed;
+        said.followed += 1;
+        said.open.insert(number, copy);
+        drop(said);
         let transcript = self.clone();
         std::thread::spawn(move || {
-            let mut reader = BufReader::new(stream);
-            let mut bytes = Vec::new();
+            let mut line = Vec::new();
+            let mut chunk = [0; 4096];
             // A stream that fails has ended: the process behind it is gone.
-            while reader
-                .read_until(b'\n', &mut bytes)
-                .is_ok_and(|read| read > 0)
-            {
-                transcript.write_down(&bytes);
-                bytes.clear();
+            while has_something(&stream, PollTimeout::NONE).is_ok() {
+                // Held over the read: what is not in the stream any more is in the lines.
+                let mut said = transcript.said();
+                let Ok(count @ 1..) = stream.read(&mut chunk) else {
+                    break;
+                };
+                for piece in chunk[..count].split_inclusive(|byte| *byte == b'\n') {
+                    line.extend_from_slice(piece);
+                    if line.ends_with(b"\n") {
+                        said.push(&line);
+                        line.clear();
+                    }
+                }
+                drop(said);
+                transcript.shared.changed.notify_all();
             }
-            transcript.said().open -= 1;
+            let mut said = transcript.said();
+            if !line.is_empty() {
+                said.push(&line);
+            }
+            said.open.remove(&number);
+            drop(said);
             transcript.shared.changed.notify_all();
         });
+        Ok(())
     }
 
-    fn write_down(&self, bytes: &[u8]) {
-        let text = String::from_utf8_lossy(bytes);
-        let line = Line {
-            at: Instant::now(),
-            text: text.trim_end_matches(['\r', '\n']).to_owned(),
-        };
+    /// Waits until all that has been said so far is written down: of a process that has ended, everything. It does not
+    /// wait for the streams to end, which a child of that process may hold open.
+    pub fn settle(&self) -> Result<()> {
         let mut said = self.said();
-        if said.lines.len() == MAX_LINES {
-            said.lines.pop_front();
-            said.forgotten += 1;
+        loop {
+            let mut unread = false;
+            for stream in said.open.values() {
+                unread |= has_something(stream, PollTimeout::ZERO)?;
+            }
+            if !unread {
+                return Ok(());
+            }
+            let waited = self.shared.changed.wait(said);
+            said = waited.unwrap_or_else(PoisonError::into_inner);
         }
-        said.lines.push_back(line);
-        drop(said);
-        self.shared.changed.notify_all();
     }
 
     /// The place behind the last line so far.
@@ -140,7 +181,7 @@ impl Transcript {
                 break format!("it says '{line}'");
             }
             next = said.forgotten + said.lines.len();
-            if said.open == 0 {
+            if said.open.is_empty() {
                 break "it has ended".to_owned();
             }
             let Some(left) = deadline.checked_duration_since(Instant::now()) else {
@@ -171,9 +212,20 @@ impl Transcript {
     }
 }
 
+/// Whether a stream has something to read, or has ended; waits so long for it.
+fn has_something(stream: &impl AsFd, patience: PollTimeout) -> Result<bool> {
+    let mut streams = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+    loop {
+        match poll(&mut streams, patience) {
+            Err(Errno::EINTR) => {}
+            ready => return Ok(ready.context("cannot poll a stream")? > 0),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::io::{Cursor, Write, pipe};
+    use std::io::{Write, pipe};
 
     use super::*;
 
@@ -183,7 +235,7 @@ mod tests {
     fn finds_lines_behind_a_mark() {
         let transcript = Transcript::new("test");
         let (reader, mut writer) = pipe().unwrap();
-        transcript.follow(reader);
+        transcript.follow(reader).unwrap();
         writer.write_all(b"one\r\ntwo\n").unwrap();
         let wait = |mark, word: &'static str| {
             transcript.wait(mark, word, |line| line == word, &["dead"], PATIENCE)
@@ -201,10 +253,26 @@ mod tests {
     #[test]
     fn notices_the_end() {
         let transcript = Transcript::new("test");
-        transcript.follow(Cursor::new(b"last words".to_vec()));
+        let (reader, mut writer) = pipe().unwrap();
+        transcript.follow(reader).unwrap();
+        writer.write_all(b"last words").unwrap();
+        drop(writer);
         let never = transcript.wait(Mark::default(), "answer", |_| false, &[], PATIENCE);
         let error = never.unwrap_err().to_string();
         assert!(error.contains("it has ended"), "{error}");
         assert!(error.contains("last words"), "{error}");
+    }
+    #[test]
+    fn everything_is_written_down_before_it_is_looked_for() {
+        for round in 0..200 {
+            let transcript = Transcript::new("test");
+            let (reader, mut writer) = pipe().unwrap();
+            transcript.follow(reader).unwrap();
+            let text = "a line\n".repeat(2000) + "the last\n";
+            writer.write_all(text.as_bytes()).unwrap();
+            // The stream stays open, as it does while a child of the writer lives.
+            transcript.settle().unwrap();
+            assert_eq!(transcript.tail(1), "the last", "round {round}");
+        }
     }
 }

@@ -137,7 +137,7 @@ fn children_die_with_a_test_that_is_killed() {
     test.stdout(Stdio::piped());
     let mut test = Kept::start("a test", test).unwrap();
     let said = Transcript::new("a test");
-    said.follow(test.child().stdout.take().unwrap());
+    said.follow(test.child().stdout.take().unwrap()).unwrap();
     let line = said.wait(
         Mark::default(),
         "process id",
