@@ -228,7 +228,6 @@ fn a_wrong_byte_and_a_lost_write_are_found() {
     let guest = with_disk(directory.path(), "guest", |options| {
         options.profile = Profile::Db;
     });
-    // Answers once the guest has made its disk.
     let mut control = guest.control();
     let disk = File::options()
         .read(true)

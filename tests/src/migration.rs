@@ -216,9 +216,11 @@ impl Guest {
             command.args(["--profile", "web"]);
         }
         let mut process = Kept::start("guest", command)?;
-        Control::wait(&control, PATIENCE, || {
+        let mut answers = Control::wait(&control, PATIENCE, || {
             matches!(process.has_ended(), Ok(None))
         })?;
+        // It listens first and answers once it has made its memory and its disk.
+        answers.describe()?;
         Ok(Self {
             control,
             _process: process,

@@ -57,7 +57,9 @@ impl Guest {
             .unwrap();
         let mut guest = Self { child, control };
         let alive = || guest.child.try_wait().unwrap().is_none();
-        Control::wait(&guest.control, Duration::from_secs(30), alive).unwrap();
+        let mut control = Control::wait(&guest.control, Duration::from_secs(30), alive).unwrap();
+        // It listens first and answers once it has made its memory and its disk.
+        control.describe().unwrap();
         guest
     }
 
