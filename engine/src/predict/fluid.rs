@@ -129,13 +129,10 @@ impl Situation {
 
     /// The guest's speed while it lacks all that is stale, 0 to 1.
     pub fn speed_without_stale(&self) -> f64 {
-        let mut speed = 1.0;
-        for (k, kind) in self.kinds().into_iter().enumerate() {
-            let missing: Vec<f64> = kind.classes.iter().map(|class| class.stale).collect();
-            let flow = self.flow(k, kind, &missing, (0.0, 1.0));
-            speed *= 1.0 - kind.weight * (1.0 - flow.speed);
-        }
-        speed
+        let missing = Frozen::everything(self).0;
+        let flows = self.flows(&missing, 1.0);
+        let slowed = |(kind, flow): (&KindState, Flow)| 1.0 - kind.weight * (1.0 - flow.speed);
+        self.kinds().into_iter().zip(flows).map(slowed).product()
     }
 
     /// Distinct pages of memory that the guest uses within so many seconds.
@@ -172,11 +169,9 @@ impl Situation {
             // The last step ends when the last page comes.
             let dt = step.min(left / bandwidth).max(1e-6);
             let mut speed = 1.0;
-            let mut ahead = 0.0;
             let mut demanded = 0.0;
-            for (k, kind) in self.kinds().into_iter().enumerate() {
-                let flow = self.flow(k, kind, &missing[k], (ahead, share));
-                ahead += missing[k].iter().sum::<f64>() * size[k] / (bandwidth * share);
+            for (k, flow) in self.flows(&missing, share).into_iter().enumerate() {
+                let kind = self.kinds()[k];
                 speed *= 1.0 - kind.weight * (1.0 - flow.speed);
                 post.faults += flow.faults * dt;
                 post.stall += flow.faults * flow.stall * dt;
@@ -205,6 +200,26 @@ impl Situation {
             push(&mut missing, size, pushed);
         }
         post
+    }
+
+    /// How the guest runs now, by what it lacks of memory and of disks. The answers of both share the link.
+    fn flows(&self, missing: &[Vec<f64>; 2], share: f64) -> [Flow; 2] {
+        let mut ahead = 0.0;
+        let mut flows = std::array::from_fn(|k| {
+            let kind = self.kinds()[k];
+            let flow = self.flow(k, kind, &missing[k], (ahead, share));
+            let bytes = missing[k].iter().sum::<f64>() * kind.bytes_per_page.max(1.0);
+            ahead += bytes / (self.link.bandwidth.max(1.0) * share);
+            flow
+        });
+        let wanted: f64 = flows.iter().map(|flow| flow.load).sum();
+        if wanted > 1.0 {
+            for flow in &mut flows {
+                flow.speed /= wanted;
+                flow.faults /= wanted;
+            }
+        }
+        flows
     }
 
     /// How the guest runs now, by what it lacks of one kind, `ahead` seconds of other pages being pushed before it.
@@ -262,6 +277,7 @@ impl Situation {
         let speed = speed.min(carried / demand);
         Flow {
             speed,
+            load: speed * demand / carried,
             faults: speed * demand * ((1.0 - walk) / brings + walk / (brings + BATCH)),
             stall,
             useless,
@@ -272,6 +288,8 @@ impl Situation {
 #[derive(Clone, Copy, Debug, Default)]
 struct Flow {
     speed: f64,
+    /// Share of the link that its answers take.
+    load: f64,
     /// Per second.
     faults: f64,
     stall: f64,

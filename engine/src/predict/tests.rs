@@ -112,6 +112,24 @@ fn a_walk_loses_less_than_the_same_by_chance() {
     );
 }
 
+/// A guest that waits for its memory and for its disks at once gets no more than the link carries: each could take all
+/// of it.
+#[test]
+fn memory_and_disks_share_the_link() {
+    let mut at = situation(&[(2000.0, 2000.0, 20.0, 60.0)]);
+    at.memory.parallelism = 64.0;
+    at.disks = KindState {
+        parallelism: 64.0,
+        weight: 0.5,
+        ..at.memory.clone()
+    };
+    let outcome = nothing(&at).outcome;
+    // What is pushed while the guest is being loaded comes before it runs.
+    let pages = 4000.0 - 1000.0 * at.costs.load.mean;
+    let took = outcome.total - outcome.remote_up;
+    assert!(took > 0.95 * pages / 1000.0, "{pages} pages in {took} s");
+}
+
 #[test]
 fn what_nobody_uses_is_pushed_for_nothing() {
     let at = situation(&[(5000.0, 5000.0, 0.0, 0.0)]);
