@@ -85,6 +85,19 @@ impl Codec {
         }
     }
 
+    /// Mean bytes of blocks of these kinds that go in full; each shared content goes once.
+    pub fn mean_bytes(&self, kinds: impl Iterator<Item = Kind>) -> f64 {
+        let (mut seen, mut blocks, mut bytes) = (HashSet::new(), 0.0, 0.0);
+        for kind in kinds {
+            blocks += 1.0;
+            bytes += match kind {
+                Kind::Shared(content) if !seen.insert(content) => NAMED,
+                kind => self.sizes.full(kind),
+            };
+        }
+        bytes / blocks
+    }
+
     /// Bytes of a batch of blocks, each with its version and what is in it.
     pub fn batch(
         &mut self,

@@ -525,7 +525,27 @@ impl World {
                 return;
             }
         };
+        let begun = match &answer {
+            SourceInput::Tracking(content) => Some(content.clone()),
+            _ => None,
+        };
         self.source.handle(self.now, answer);
+        if let Some(content) = begun {
+            self.look_at_contents(&content);
+        }
+    }
+
+    /// What pages of what the guest has take in full, as the driver finds out from a sample.
+    fn look_at_contents(&mut self, content: &Blocks) {
+        for (region, blocks) in content.iter() {
+            let kinds = blocks.iter().map(|block| self.guest.kind((region, block)));
+            let disk = region.0 == 1;
+            let input = SourceInput::Contents {
+                disk,
+                bytes_per_page: self.codec.mean_bytes(kinds) / if disk { 16.0 } else { 1.0 },
+            };
+            self.source.handle(self.now, input);
+        }
     }
 
     fn destination_done(&mut self) {

@@ -273,6 +273,9 @@ impl SourceMachine {
             self.pending.union_with(&unsent);
             *situation = self.here(now);
             choice = choose(situation, &bounds);
+            // The round that moves them gains nothing for memory, and says nothing of the rounds after it.
+            self.planning.unpaying = 0;
+            self.planning.round = None;
         }
         let known =
             self.heat.rates(RegionKind::Memory).scans() >= SCANS || !self.figures.rounds.is_empty();
@@ -318,8 +321,11 @@ impl SourceMachine {
         let least = situation.downtime(&Frozen::nothing(&situation));
         let gains = self.planning.unpaying == 0 && bounds.rounds > 0 && bounds.max_total.is_none();
         let may_freeze = !gains || cost <= NEAR_LEAST * least;
+        let unsent = self.unsent.is_empty();
         let freeze = self.look_at(now, &mut situation).rounds == 0;
-        self.planning.round = Some((cost, situation.after_round().memory.stale()));
+        if self.unsent.is_empty() == unsent {
+            self.planning.round = Some((cost, situation.after_round().memory.stale()));
+        }
         (freeze && may_freeze) || self.planning.unpaying >= UNPAYING
     }
 
