@@ -61,6 +61,11 @@ test-xen:
 test-run:
 	cargo nextest run --locked --workspace
 
+.PHONY: stress
+stress: setup ## the same tests while the cores are taken away for moments, as shared hosts do: 25 minutes, as root
+	cargo nextest run --locked --workspace --no-run
+	scripts/steal.py cargo nextest run --locked --workspace
+
 .PHONY: bench
 bench: setup bench-build ## move guests with hybridmig and QEMU over long links, as root: 20 minutes
 	$(TARGET_DIR)/release/bench run bench --fresh

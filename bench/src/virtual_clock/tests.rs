@@ -9,7 +9,9 @@ use hybridmig_transport::message::Mode;
 
 use super::codec::{Codec, Kind};
 use super::link::Direction;
+use super::sweep::simulate;
 use super::*;
+use crate::grid::{Grid, Variant};
 
 /// 16 MiB of a web server, with a disk.
 fn setting(mode: Mode, link: &str) -> Setting {
@@ -98,6 +100,32 @@ fn a_guest_finds_its_own_writes_on_every_link_and_at_every_share() {
             assert!(came.lost_work >= came.downtime - 1e-9, "{profile} {link}");
         }
     }
+}
+
+/// L of a cell of the benchmark's grid, moved so.
+fn lost_work(cell: &str, seed: u64, variant: Variant) -> f64 {
+    let mut grid = Grid::find("default").expect("it is built in");
+    grid.keep(cell);
+    let cell = grid.cells().next().expect("the grid has this cell");
+    let line = simulate(&cell, variant, seed).expect("it ends");
+    line.came.expect("it converges").lost_work
+}
+
+/// The guest rewrites its memory faster than the link carries it. What its memory and its disks ask for share the
+/// link: whoever takes that for more than it is expects too much of post-copy, and leaves half of it for then.
+#[test]
+fn a_guest_that_outruns_the_link_loses_no_more_than_by_postcopy() {
+    let of = |variant| lost_work("bad-4g | scan", 1, variant);
+    let (planned, postcopy) = (of(Variant::Planned), of(Variant::Postcopy));
+    assert!(planned < postcopy, "{planned} and {postcopy} s");
+}
+
+/// A round that moves what was not used of the disks leaves as much of memory stale as it found: no reason to freeze.
+#[test]
+fn a_round_that_moves_the_disks_is_not_the_last() {
+    let of = |variant| lost_work("continental | db", 3, variant);
+    let (planned, precopy) = (of(Variant::Planned), of(Variant::Precopy));
+    assert!(planned < 1.1 * precopy, "{planned} and {precopy} s");
 }
 
 /// When something of so many bytes has arrived, with a time for it alone.
