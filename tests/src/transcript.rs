@@ -17,7 +17,7 @@ const MAX_LINES: usize = 200_000;
 /// One line, without its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Line {
-    /// When it had been read.
+    /// When its last part had been read.
     pub at: Instant,
     /// What it says; bytes that are not UTF-8 are replaced.
     pub text: String,
@@ -51,10 +51,10 @@ struct Said {
 }
 
 impl Said {
-    fn push(&mut self, bytes: &[u8]) {
+    fn push(&mut self, at: Instant, bytes: &[u8]) {
         let text = String::from_utf8_lossy(bytes);
         let line = Line {
-            at: Instant::now(),
+            at,
             text: text.trim_end_matches(['\r', '\n']).to_owned(),
         };
         if self.lines.len() == MAX_LINES {
@@ -87,6 +87,9 @@ impl Transcript {
         std::thread::spawn(move || {
             let mut line = Vec::new();
             let mut chunk = [0; 4096];
+            // When the last of it was said: a line whose end never comes is as old as what there is of it. A guest that
+            // is frozen within a line leaves one behind at the source, which ends much later.
+            let mut at = Instant::now();
             // A stream that fails has ended: the process behind it is gone.
             while has_something(&stream, PollTimeout::NONE).is_ok() {
                 // Held over the read: what is not in the stream any more is in the lines.
@@ -94,10 +97,11 @@ impl Transcript {
                 let Ok(count @ 1..) = stream.read(&mut chunk) else {
                     break;
                 };
+                at = Instant::now();
                 for piece in chunk[..count].split_inclusive(|byte| *byte == b'\n') {
                     line.extend_from_slice(piece);
                     if line.ends_with(b"\n") {
-                        said.push(&line);
+                        said.push(at, &line);
                         line.clear();
                     }
                 }
@@ -106,7 +110,7 @@ impl Transcript {
             }
             let mut said = transcript.said();
             if !line.is_empty() {
-                said.push(&line);
+                said.push(at, &line);
             }
             said.open.remove(&number);
             drop(said);
@@ -262,6 +266,22 @@ mod tests {
         assert!(error.contains("it has ended"), "{error}");
         assert!(error.contains("last words"), "{error}");
     }
+    #[test]
+    fn a_line_without_an_end_is_as_old_as_its_last_word() {
+        let transcript = Transcript::new("test");
+        let (reader, mut writer) = pipe().unwrap();
+        transcript.follow(reader).unwrap();
+        writer.write_all(b"TICK 1 2 0").unwrap();
+        transcript.settle().unwrap();
+        let frozen = Instant::now();
+        drop(writer);
+        let never = transcript.wait(Mark::default(), "answer", |_| false, &[], PATIENCE);
+        assert!(never.is_err());
+        let lines = transcript.lines();
+        assert_eq!(lines[0].text, "TICK 1 2 0");
+        assert!(lines[0].at <= frozen);
+    }
+
     #[test]
     fn everything_is_written_down_before_it_is_looked_for() {
         for round in 0..200 {
