@@ -129,10 +129,7 @@ impl Situation {
 
     /// The guest's speed while it lacks all that is stale, 0 to 1.
     pub fn speed_without_stale(&self) -> f64 {
-        let missing = Frozen::everything(self).0;
-        let flows = self.flows(&missing, 1.0);
-        let slowed = |(kind, flow): (&KindState, Flow)| 1.0 - kind.weight * (1.0 - flow.speed);
-        self.kinds().into_iter().zip(flows).map(slowed).product()
+        self.speed(&self.flows(&Frozen::everything(self).0, 1.0))
     }
 
     /// Distinct pages of memory that the guest uses within so many seconds.
@@ -168,11 +165,11 @@ impl Situation {
             }
             // The last step ends when the last page comes.
             let dt = step.min(left / bandwidth).max(1e-6);
-            let mut speed = 1.0;
+            let flows = self.flows(&missing, share);
+            let speed = self.speed(&flows);
             let mut demanded = 0.0;
-            for (k, flow) in self.flows(&missing, share).into_iter().enumerate() {
+            for (k, flow) in flows.into_iter().enumerate() {
                 let kind = self.kinds()[k];
-                speed *= 1.0 - kind.weight * (1.0 - flow.speed);
                 post.faults += flow.faults * dt;
                 post.stall += flow.faults * flow.stall * dt;
                 let brought = flow.faults * flow.useless * dt;
@@ -200,6 +197,12 @@ impl Situation {
             push(&mut missing, size, pushed);
         }
         post
+    }
+
+    /// The guest's speed, 0 to 1, by how it runs on each kind.
+    fn speed(&self, flows: &[Flow; 2]) -> f64 {
+        let slowed = |(kind, flow): (&KindState, &Flow)| 1.0 - kind.weight * (1.0 - flow.speed);
+        self.kinds().into_iter().zip(flows).map(slowed).product()
     }
 
     /// How the guest runs now, by what it lacks of memory and of disks. The answers of both share the link.

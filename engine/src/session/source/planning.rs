@@ -321,11 +321,8 @@ impl SourceMachine {
         let least = situation.downtime(&Frozen::nothing(&situation));
         let gains = self.planning.unpaying == 0 && bounds.rounds > 0 && bounds.max_total.is_none();
         let may_freeze = !gains || cost <= NEAR_LEAST * least;
-        let unsent = self.unsent.is_empty();
+        self.planning.round = Some((cost, situation.after_round().memory.stale()));
         let freeze = self.look_at(now, &mut situation).rounds == 0;
-        if self.unsent.is_empty() == unsent {
-            self.planning.round = Some((cost, situation.after_round().memory.stale()));
-        }
         (freeze && may_freeze) || self.planning.unpaying >= UNPAYING
     }
 
